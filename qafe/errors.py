@@ -1,0 +1,41 @@
+"""Every error a user can cause or meet, as one tree.
+
+QafeError
+├── ConfigError       a setting has a value it cannot have, or a name that does not exist
+├── MediaError        a frame, clip or video cannot be read
+├── FaceError         no face, or not the right one, was found
+├── ManifestError     a prepared dataset is not what its CSV files say
+├── CheckpointError   weights do not fit the model, or the file is damaged
+└── TrackingError     the MLflow server, run or registry cannot do what was asked
+
+A message gives the rule, the value, the place and the next step. Commands print it as one line and
+exit with status 2; ``--debug`` shows the trace.
+"""
+
+
+class QafeError(Exception):
+    """Base of all errors that the caller can act on."""
+
+
+class ConfigError(QafeError):
+    """A setting has a value that it cannot have, or a name that does not exist."""
+
+
+class MediaError(QafeError):
+    """A frame, clip or video cannot be read."""
+
+
+class FaceError(QafeError):
+    """No face, or not the right one, was found in a video."""
+
+
+class ManifestError(QafeError):
+    """A prepared dataset is missing, or is not what its CSV files say."""
+
+
+class CheckpointError(QafeError):
+    """Weights do not fit the model, or their file is damaged."""
+
+
+class TrackingError(QafeError):
+    """The tracking server, a run or the registry cannot do what was asked."""
