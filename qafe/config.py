@@ -128,7 +128,7 @@ class HeatmapEncoderConfig:
     @property
     def token_width(self) -> int:
         """Values in one heatmap token."""
-        return 4 * self.width * 2 ** (len(self.blocks) - 1)
+        return 4 * self.width << (len(self.blocks) - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,9 +162,7 @@ class FusionConfig:
                 "model.fusion.mlp_ratio": self.mlp_ratio,
             },
         )
-        _require_fraction(
-            **{"model.fusion.dropout": self.dropout, "model.fusion.drop_path": self.drop_path}
-        )
+        _require_fraction(**{"model.fusion.dropout": self.dropout, "model.fusion.drop_path": self.drop_path})
         _require(
             self.kind not in ATTENTION_FUSIONS or self.width % self.heads == 0,
             f"model.fusion.heads must divide model.fusion.width={self.width}, got {self.heads}. "
@@ -190,9 +188,7 @@ class ModelConfig:
     """Hidden widths of the MLP that turns a token into a score."""
 
     def __post_init__(self) -> None:
-        _require_above(
-            0, **{"model.segments": self.segments, "model.segment_frames": self.segment_frames}
-        )
+        _require_above(0, **{"model.segments": self.segments, "model.segment_frames": self.segment_frames})
 
     @property
     def clip_frames(self) -> int:
@@ -220,7 +216,9 @@ class HeatmapConfig:
     """Leave the first of the 73 points out, as the published code does."""
 
     def __post_init__(self) -> None:
-        _require_above(0, **{"data.heatmap.canvas_px": self.canvas_px, "data.heatmap.sigma_px": self.sigma_px})
+        _require_above(
+            0, **{"data.heatmap.canvas_px": self.canvas_px, "data.heatmap.sigma_px": self.sigma_px}
+        )
         _require(
             self.window_px >= 1,
             f"data.heatmap.window_px must be at least 1, got {self.window_px}. Set data.heatmap.window_px=5.",
@@ -274,6 +272,8 @@ class DataConfig:
     """Give every clip another clip's score: what a study reports when there is nothing to learn."""
     memory_mb: int = 2048
     """Decoded frames kept in memory by one process, in MiB; 0 keeps none."""
+    workers: int = 4
+    """Processes that read clips beside the training process; 0 reads in it."""
     heatmap: HeatmapConfig = field(default_factory=HeatmapConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -285,6 +285,7 @@ class DataConfig:
             "Set data.validation_fraction=0.25.",
         )
         _require(self.memory_mb >= 0, f"data.memory_mb must not be negative, got {self.memory_mb}. Set 0.")
+        _require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}. Set 0.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -371,7 +372,7 @@ def small() -> Config:
             fusion=FusionConfig(width=256, layers=2),
             head_widths=(128, 64),
         ),
-        data=DataConfig(repeats=2, heatmap=HeatmapConfig(canvas_px=64, window_px=3, blur_px=0)),
+        data=DataConfig(repeats=2, workers=0, heatmap=HeatmapConfig(canvas_px=64, window_px=3, blur_px=0)),
         train=TrainConfig(epochs=40, batch_size=8, optimizer="adamw", lr=5e-4, schedule="cosine"),
     )
 
@@ -384,14 +385,19 @@ def tiny() -> Config:
             segments=5,
             segment_frames=8,
             rgb=RGBEncoderConfig(
-                size_px=32, width=8, spatial_heads=4, temporal_depth=1, temporal_heads=4,
-                spatial_mlp=64, temporal_mlp=128,
+                size_px=32,
+                width=8,
+                spatial_heads=4,
+                temporal_depth=1,
+                temporal_heads=4,
+                spatial_mlp=64,
+                temporal_mlp=128,
             ),
             heatmap=HeatmapEncoderConfig(size_px=28, width=4, blocks=(1, 1, 1)),
             fusion=FusionConfig(width=64, layers=2, heads=4),
             head_widths=(32, 16),
         ),
-        data=DataConfig(repeats=1, heatmap=HeatmapConfig(canvas_px=32, window_px=3, blur_px=0)),
+        data=DataConfig(repeats=1, workers=0, heatmap=HeatmapConfig(canvas_px=32, window_px=3, blur_px=0)),
         train=TrainConfig(epochs=10, batch_size=8, optimizer="adamw", lr=2e-3, schedule="cosine"),
     )
 
@@ -439,7 +445,9 @@ def parse_settings(pairs: list[str]) -> dict[str, str]:
     settings = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
-        _require(bool(separator), f"a setting is written name=value, got {pair!r} (--set). Write train.lr=0.001.")
+        _require(
+            bool(separator), f"a setting is written name=value, got {pair!r} (--set). Write train.lr=0.001."
+        )
         settings[name.strip()] = value.strip()
     return settings
 
@@ -458,7 +466,9 @@ def from_json(text: str) -> Config:
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as err:
-        raise ConfigError(f"a config must be JSON, got {text[:40]!r} ({err}). Use a config.json of a run.") from err
+        raise ConfigError(
+            f"a config must be JSON, got {text[:40]!r} ({err}). Use a config.json of a run."
+        ) from err
     _require(isinstance(tree, dict), f"a config must be a JSON object, got {text[:40]!r}.")
     return override(Config(), _flatten_tree(tree))
 

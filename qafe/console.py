@@ -1,0 +1,49 @@
+"""What every command of the project does the same way: logging, errors in one line, exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from .errors import QafeError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """An argument parser with the flags that all commands share."""
+    result = argparse.ArgumentParser(prog=prog, description=description)
+    result.add_argument(
+        "--debug", action="store_true", help="show the trace of an error, and more of what happens"
+    )
+    return result
+
+
+def run(
+    command: Callable[[argparse.Namespace], int],
+    arguments: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses, runs and turns errors into one line on stderr and exit status 2 (130 for Ctrl-C)."""
+    options = arguments.parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if options.debug else logging.WARNING,
+        format="%(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("qafe").setLevel(logging.INFO)
+    try:
+        return command(options)
+    except QafeError as err:
+        if options.debug:
+            raise
+        print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,74 @@
+"""A prepared dataset, split for an experiment: training, validation and test patients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import EXPRESSIONS, DataConfig
+from ..errors import ManifestError
+from ..store import Store
+from .manifest import Manifest, Sample, read_manifest
+from .splits import shuffle_scores, split_validation
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Who is trained on, chosen on and tested on; no patient is in two of them.
+
+    The test samples are those of the test CSV. Validation patients come out of the training CSV.
+    """
+
+    store: Store
+    manifest: Manifest
+    train: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+
+    def only(self, expression: str) -> Cohort:
+        """The part of the cohort that performs one expression."""
+
+        def pick(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+            return tuple(sample for sample in samples if sample.expression == expression)
+
+        return Cohort(self.store, self.manifest, pick(self.train), pick(self.validation), pick(self.test))
+
+
+def load_cohort(root: Path | str, settings: DataConfig) -> Cohort:
+    """Reads, checks and splits a prepared dataset.
+
+    Raises:
+        ManifestError: the dataset is missing or not what its CSV files say.
+    """
+    store = Store(root)
+    manifest = read_manifest(store)
+    train, validation = split_validation(manifest.train, settings.validation_fraction, settings.split_seed)
+    parts = (train, validation, manifest.test)
+    if settings.shuffle_labels:
+        parts = tuple(
+            shuffle_scores(samples, seed=settings.split_seed + number) for number, samples in enumerate(parts)
+        )
+    return Cohort(store, manifest, *parts)
+
+
+def choose_expressions(manifest: Manifest, wanted: str) -> tuple[str, ...]:
+    """The expressions that ``--expression`` names: one, several with commas between them, or ``all``.
+
+    Raises:
+        ManifestError: one of them is not in the dataset.
+    """
+    known = sorted(
+        manifest.expressions, key=lambda name: (EXPRESSIONS.index(name) if name in EXPRESSIONS else 99, name)
+    )
+    if wanted == "all":
+        return tuple(known)
+    names = tuple(dict.fromkeys(name.strip() for name in wanted.split(",") if name.strip()))
+    for name in names:
+        if name not in known:
+            raise ManifestError(
+                f"the expression must be one of the dataset's ({', '.join(known)}) or all, got {name!r} "
+                "(--expression). Name one of them."
+            )
+    if not names:
+        raise ManifestError(f"--expression names none of {', '.join(known)}. Name one of them, or all.")
+    return names

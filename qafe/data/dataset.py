@@ -1,0 +1,410 @@
+"""Samples -> clips -> what the model reads.
+
+Decoding and cropping happen in `ClipDataset`, in whichever process loads; heatmaps are drawn in `model_inputs`, on
+the device that trains. All randomness of a clip comes from (seed, epoch, index), so that neither a resumed run nor
+another number of workers changes it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..config import AugmentConfig, Config, HeatmapConfig
+from ..errors import ManifestError
+from ..markup import ALL_COUNT, INNER, columns
+from ..store import Frames, Store
+from . import heatmap
+from .augment import CENTRE, ClipDraw, aligned_offset, crop_offset, draw_pair
+from .clips import test_indices, train_indices
+from .manifest import Sample
+
+RGB_MEAN = (0.485, 0.456, 0.406)
+RGB_STD = (0.229, 0.224, 0.225)
+"""ImageNet's, as published."""
+
+
+@dataclass
+class Clip:
+    """One clip, cropped and flipped but not yet normalised or drawn."""
+
+    rgb: UInt8[Tensor, "T H W 3"]
+    points: Float32[Tensor, "T P 2"] | None
+    """(x, y) in canvas pixels, the drawn points only, scaled and flipped; None if heatmaps are rendered."""
+    rendered: UInt8[Tensor, "T h w 3"] | None
+    """The authors' heatmaps, cropped and flipped; None if there are landmarks."""
+    offset: tuple[int, int]
+    """(top, left) of the heatmap crop."""
+    score: float
+    sample: Sample
+
+
+@dataclass
+class ClipBatch:
+    """B clips; see `Clip` for what each field is."""
+
+    rgb: UInt8[Tensor, "B T H W 3"]
+    points: Float32[Tensor, "B T P 2"] | None
+    rendered: UInt8[Tensor, "B T h w 3"] | None
+    offsets: Tensor
+    """int64 [B,2], (top, left) of each heatmap crop; stays on the CPU, where the crop is made from."""
+    score: Float32[Tensor, " B"]
+    samples: list[Sample]
+
+    def __len__(self) -> int:
+        return self.rgb.shape[0]
+
+    def to(self, device: torch.device | str) -> ClipBatch:
+        """The batch with its large tensors and scores on a device."""
+        return replace(
+            self,
+            rgb=self.rgb.to(device, non_blocking=True),
+            points=None if self.points is None else self.points.to(device, non_blocking=True),
+            rendered=None if self.rendered is None else self.rendered.to(device, non_blocking=True),
+            score=self.score.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> ClipBatch:
+        """The batch in page-locked memory; a DataLoader with ``pin_memory`` calls this."""
+        return replace(
+            self,
+            rgb=self.rgb.pin_memory(),
+            points=None if self.points is None else self.points.pin_memory(),
+            rendered=None if self.rendered is None else self.rendered.pin_memory(),
+            score=self.score.pin_memory(),
+        )
+
+
+def resized_px(crop_px: int, config: AugmentConfig) -> int:
+    """Side of a frame before the crop (published: 256 for 224, 64 for 56)."""
+    return round(crop_px / config.crop)
+
+
+class ClipDataset(Dataset[Clip]):
+    """The clips of some samples.
+
+    In training every sample gives ``data.repeats`` random clips an epoch; otherwise one fixed clip.
+
+    Args:
+        store: the prepared dataset.
+        samples: what to read; already filtered, split and shuffled.
+        config: model sizes, augmentation, heatmaps and the seed.
+        train: random clips with augmentation, or the evaluation clip.
+    Raises:
+        ManifestError: neither all landmarks nor all rendered heatmaps are there, or the heatmap settings need
+            landmarks.
+    """
+
+    def __init__(self, store: Store, samples: Sequence[Sample], config: Config, *, train: bool) -> None:
+        self.store = store
+        self.samples = tuple(samples)
+        self.config = config
+        self.train = train
+        self._rendered = _uses_rendered(store, [(sample.patient, sample.video) for sample in samples], config)
+        # Shared memory, so that loader workers that outlive an epoch see the next one's number.
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose random clips are drawn."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose random clips are drawn; call it before each pass over the data."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.samples) * (self.config.data.repeats if self.train else 1)
+
+    def __getitem__(self, index: int) -> Clip:
+        """Clip number `index` of the epoch; index modulo the number of samples is the sample.
+
+        Raises:
+            IndexError: there is no such clip.
+            MediaError: a frame cannot be read.
+            ManifestError: the landmarks cannot be read.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip index must lie in 0..{len(self) - 1}, got {index}")
+        sample = self.samples[index % len(self.samples)]
+        clip_frames = self.config.model.clip_frames
+        if not self.train:
+            indices = test_indices(sample.frames, clip_frames)
+            return _read_clip(self.store, sample, indices, (CENTRE, CENTRE), self.config, self._rendered)
+        rng = np.random.default_rng((self.config.train.seed, self.epoch, index))
+        indices = train_indices(sample.frames, clip_frames, rng)
+        draws = draw_pair(rng, self.config.data.augment)
+        return _read_clip(self.store, sample, indices, draws, self.config, self._rendered)
+
+
+def collate(clips: list[Clip]) -> ClipBatch:
+    """Clips of one dataset as a batch; the ``collate_fn`` of a DataLoader."""
+    points = [clip.points for clip in clips if clip.points is not None]
+    rendered = [clip.rendered for clip in clips if clip.rendered is not None]
+    return ClipBatch(
+        rgb=torch.stack([clip.rgb for clip in clips]),
+        points=torch.stack(points) if points else None,
+        rendered=torch.stack(rendered) if rendered else None,
+        offsets=torch.tensor([clip.offset for clip in clips], dtype=torch.int64),
+        score=torch.tensor([clip.score for clip in clips], dtype=torch.float32),
+        samples=[clip.sample for clip in clips],
+    )
+
+
+def model_inputs(batch: ClipBatch, config: Config) -> tuple[Float[Tensor, "B 3 T H W"], Float[Tensor, "B C T h w"]]:
+    """What the two encoders read, on the batch's device: RGB frames and heatmap frames.
+
+    RGB is divided by 255 and normalised by ImageNet's mean and deviation; heatmaps lie in [0, 1], as published.
+    """
+    rgb = batch.rgb.permute(0, 4, 1, 2, 3).float().div_(255)
+    mean = rgb.new_tensor(RGB_MEAN).view(1, 3, 1, 1, 1)
+    std = rgb.new_tensor(RGB_STD).view(1, 3, 1, 1, 1)
+    rgb = rgb.sub_(mean).div_(std).contiguous()
+    if batch.points is None:
+        assert batch.rendered is not None, "a batch has points or rendered heatmaps"
+        return rgb, batch.rendered.permute(0, 4, 1, 2, 3).float().div_(255).contiguous()
+    side = config.model.heatmap.size_px
+    resized = resized_px(side, config.data.augment)
+    maps = []
+    for points, (top, left) in zip(batch.points, batch.offsets.tolist(), strict=True):
+        whole = heatmap.render(points, config.data.heatmap, resize_px=resized)
+        maps.append(whole[..., top : top + side, left : left + side].transpose(0, 1))
+    return rgb, torch.stack(maps)
+
+
+def load_clip(store: Store, patient: str, video: str, config: Config) -> ClipBatch:
+    """The evaluation clip of one video as a batch of one; its score is NaN.
+
+    Raises:
+        MediaError: there are no frames, or one cannot be read.
+        ManifestError: there are neither landmarks nor rendered heatmaps, or not one for each frame, or the
+            heatmap settings need landmarks.
+    """
+    frames = len(store.frame_paths(patient, video))
+    rendered = _uses_rendered(store, [(patient, video)], config)
+    sample = Sample(f"{video}_{patient}", patient, video, "", float("nan"), frames)
+    indices = test_indices(frames, config.model.clip_frames)
+    return collate([_read_clip(store, sample, indices, (CENTRE, CENTRE), config, rendered)])
+
+
+def _uses_rendered(store: Store, videos: list[tuple[str, str]], config: Config) -> bool:
+    """Whether the authors' rendered heatmaps must be used, because landmarks are missing."""
+    bare = [video for video in videos if not store.has_landmarks(*video)]
+    if not bare:
+        return False
+    step = f"Run python -m qafe prepare --landmarks-only {store.root}."
+    without = next((video for video in videos if not store.has_rendered_heatmaps(*video)), None)
+    if without is not None:
+        raise ManifestError(
+            f"all videos must have landmarks, or all rendered heatmaps; {'/'.join(bare[0])} has no landmarks and "
+            f"{'/'.join(without)} no rendered heatmaps. {step}"
+        )
+    chosen = config.data.heatmap
+    # The published heatmaps leave the first point out, and there is no telling from the picture.
+    published = HeatmapConfig(skip_first=chosen.skip_first)
+    if chosen != published:
+        changed = [
+            f"data.heatmap.{name}={getattr(chosen, name)}"
+            for name in HeatmapConfig.__dataclass_fields__
+            if getattr(chosen, name) != getattr(published, name)
+        ]
+        raise ManifestError(
+            f"rendered heatmaps only exist in the published form, got {', '.join(changed)}, and "
+            f"{'/'.join(bare[0])} has no landmarks to draw others from. {step}"
+        )
+    return True
+
+
+def _read_clip(
+    store: Store,
+    sample: Sample,
+    indices: npt.NDArray[np.int64],
+    draws: tuple[ClipDraw, ClipDraw],
+    config: Config,
+    rendered: bool,
+) -> Clip:
+    rgb_draw, heatmap_draw = draws
+    augment = config.data.augment
+    rgb_side, map_side = config.model.rgb.size_px, config.model.heatmap.size_px
+    rgb_resized, map_resized = resized_px(rgb_side, augment), resized_px(map_side, augment)
+    frames = _FRAMES.read(store, sample, indices, rgb_resized, config.data.memory_mb)
+    rgb_offset = crop_offset(rgb_draw, rgb_resized, rgb_side)
+    rest = (0.0, 0.0)
+    if heatmap_draw == rgb_draw:
+        offset, rest = aligned_offset(rgb_offset, (rgb_resized, rgb_side), (map_resized, map_side))
+    else:
+        offset = crop_offset(heatmap_draw, map_resized, map_side)
+    points = maps = None
+    if rendered:
+        whole = store.read_rendered_heatmaps(sample.patient, sample.video, indices, map_resized)
+        maps = _cropped(whole, heatmap_draw.flip, offset, map_side)
+    else:
+        points = _canvas_points(store, sample, indices, heatmap_draw.flip, rest, map_resized, config)
+    return Clip(
+        rgb=_cropped(frames, rgb_draw.flip, rgb_offset, rgb_side),
+        points=points,
+        rendered=maps,
+        offset=offset,
+        score=sample.score,
+        sample=sample,
+    )
+
+
+def _cropped(frames: Frames, flip: bool, offset: tuple[int, int], side: int) -> Tensor:
+    """Flip, then crop, in one copy: a crop of the mirrored frame is the mirror of a crop from the other side."""
+    top, left = offset
+    if not flip:
+        return torch.from_numpy(np.ascontiguousarray(frames[:, top : top + side, left : left + side]))
+    start = frames.shape[2] - left - side
+    return torch.from_numpy(np.ascontiguousarray(frames[:, top : top + side, start : start + side][:, :, ::-1]))
+
+
+def _canvas_points(
+    store: Store,
+    sample: Sample,
+    indices: npt.NDArray[np.int64],
+    flip: bool,
+    rest: tuple[float, float],
+    map_resized: int,
+    config: Config,
+) -> Tensor:
+    """Landmarks of the clip in canvas pixels: selected, scaled, flipped, moved by the part of the heatmap crop
+    that whole pixels cannot express."""
+    chosen = config.data.heatmap
+    landmarks, shape = _LANDMARKS.read(store, sample)
+    if len(landmarks) != sample.frames:
+        raise ManifestError(
+            f"there must be landmarks for each of the {sample.frames} frames of {sample.patient}/{sample.video}, "
+            f"got {len(landmarks)}. Run python -m qafe prepare --landmarks-only {store.root}."
+        )
+    selected = torch.from_numpy(landmarks[indices][:, _drawn(chosen, landmarks.shape[1])])
+    points = heatmap.to_canvas(selected, shape, chosen.canvas_px)
+    if flip:
+        points = heatmap.mirror(points, chosen.canvas_px)
+    if rest != (0.0, 0.0):
+        top, left = rest
+        points = points - points.new_tensor([left, top]) * (chosen.canvas_px / map_resized)
+    return points.contiguous()
+
+
+def _drawn(config: HeatmapConfig, count: int) -> list[int]:
+    """Columns of the landmark array that are drawn."""
+    first = INNER[0] if count == ALL_COUNT else 0
+    return [column for column in columns(config.points, count) if not (config.skip_first and column == first)]
+
+
+_FramesKey = tuple[Path, str, str, int, tuple[int, int]]
+
+
+class _FrameMemory:
+    """Decoded frames of whole videos, shared by all datasets of a process: later epochs and later trials decode
+    nothing.
+
+    Keeps what was used last, with one exception that an epoch needs: going round more videos than fit would drop
+    each just before it is wanted again. So a video makes room only when it has not been used for 8 times as many
+    reads as there are videos kept; until then a new one is read but not kept.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[_FramesKey, Frames] = {}
+        self._used: dict[_FramesKey, int] = {}
+        self._bytes = 0
+        self._reads = 0
+
+    def read(
+        self, store: Store, sample: Sample, indices: npt.NDArray[np.int64], size_px: int, memory_mb: int
+    ) -> Frames:
+        """The frames at these indices; the whole video is decoded when it will be kept."""
+        stamp = store.stamp(sample.patient, sample.video)
+        key = (store.root.absolute(), sample.patient, sample.video, size_px, stamp)
+        need = sample.frames * size_px**2 * 3
+        with self._lock:
+            self._reads += 1
+            whole = self._kept.get(key)
+            if whole is not None:
+                self._touch(key)
+            keep = whole is None and self._make_room(need, memory_mb * 2**20)
+        if whole is not None and len(whole) == sample.frames:
+            return whole[indices]
+        if not keep:
+            return store.read_frames(sample.patient, sample.video, indices, size_px)
+        whole = store.read_frames(sample.patient, sample.video, np.arange(sample.frames), size_px)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = whole
+                self._bytes += whole.nbytes
+            self._touch(key)
+        return whole[indices]
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._kept.clear()
+            self._used.clear()
+            self._bytes = 0
+
+    def _touch(self, key: _FramesKey) -> None:
+        self._used.pop(key, None)
+        self._used[key] = self._reads  # The dict's order is the order of use.
+
+    def _make_room(self, need: int, limit: int) -> bool:
+        if need > limit:
+            return False
+        idle = 8 * len(self._kept)
+        while self._bytes + need > limit:
+            oldest = next(iter(self._used))
+            if self._reads - self._used[oldest] <= idle:
+                return False
+            self._bytes -= self._kept.pop(oldest).nbytes
+            del self._used[oldest]
+        return True
+
+
+class _LandmarkMemory:
+    """Landmarks and frame sizes of the videos read so far: some 100 kB each, so all are kept up to a count."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Path, str, str, tuple[int, int]], tuple[npt.NDArray[np.float32], tuple[int, int]]] = {}
+
+    def read(self, store: Store, sample: Sample) -> tuple[npt.NDArray[np.float32], tuple[int, int]]:
+        """Landmarks [T,P,2] and the (height, width) of the frames that they belong to."""
+        stamp = store.stamp(sample.patient, sample.video)
+        key = (store.root.absolute(), sample.patient, sample.video, stamp)
+        found = self._kept.get(key)
+        if found is None:
+            landmarks = store.read_landmarks(sample.patient, sample.video)
+            if landmarks is None:
+                raise ManifestError(
+                    f"the video {sample.patient}/{sample.video} must have landmarks, and they are gone. "
+                    f"Run python -m qafe prepare --landmarks-only {store.root}."
+                )
+            found = landmarks, store.frame_shape(sample.patient, sample.video)
+            if len(self._kept) >= 1024:
+                self._kept.clear()
+            self._kept[key] = found
+        return found
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._kept.clear()
+
+
+_FRAMES = _FrameMemory()
+_LANDMARKS = _LandmarkMemory()
+
+
+def clear_memory() -> None:
+    """Drops all frames and landmarks that this process keeps."""
+    _FRAMES.clear()
+    _LANDMARKS.clear()

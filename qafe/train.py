@@ -1,0 +1,350 @@
+"""Training one QAFE-Net, one epoch at a time.
+
+`fit` is a generator: the caller logs each `EpochResult`, keeps its checkpoint, and stops early by not asking for
+the next one. Nothing here knows of Ray, Optuna or MLflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from . import config as configs
+from . import metrics
+from .config import Config, TrainConfig
+from .data.dataset import ClipDataset, collate, model_inputs
+from .data.manifest import Sample
+from .errors import CheckpointError, ConfigError, ManifestError
+from .losses import build_loss
+from .model import weights
+from .model.qafenet import QAFENet, build
+from .store import Store
+
+STATE_FILE = "last.pt"
+BEST_FILE = "best.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochResult:
+    """What one epoch of one model gave.
+
+    Attributes:
+        epoch: from 1.
+        train_loss: mean loss over the epoch's batches.
+        metrics: of the validation samples, by the names of `metrics.evaluate`.
+        predictions: [N] scores of the validation samples, in their order.
+        best_epoch: the epoch with the highest validation Spearman so far; of equals the lower MAE, then the
+            earlier one.
+        best_spearman: its Spearman.
+        seconds: of the epoch, evaluation included; clips_per_s: of its training part.
+        peak_memory_mb: on the device where it is a GPU, else of the process.
+    """
+
+    epoch: int
+    train_loss: float
+    lr: float
+    metrics: dict[str, float]
+    predictions: np.ndarray
+    best_epoch: int
+    best_spearman: float
+    seconds: float
+    clips_per_s: float
+    peak_memory_mb: float
+    save: Callable[[Path], None] = dataclasses.field(repr=False)
+    """Writes all that `fit` needs to go on (``last.pt``) and the best weights (``best.safetensors``) to a folder."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device to train on: ``auto`` takes a GPU where there is one.
+
+    Raises:
+        ConfigError: the named device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise ConfigError(f"the device must be auto, cpu or a GPU that exists, got {name!r} (--device).") from err
+    return device
+
+
+def fit(
+    config: Config,
+    store: Store,
+    train: Sequence[Sample],
+    validation: Sequence[Sample],
+    *,
+    device: torch.device | None = None,
+    resume_from: Path | None = None,
+) -> Iterator[EpochResult]:
+    """Trains one model for one expression: a generator that yields after each epoch.
+
+    Input is checked, and a checkpoint read, before the first epoch is asked for.
+
+    Every random draw of an epoch comes from ``(train.seed, epoch)``, so a run that resumes from the folder that
+    `EpochResult.save` wrote gives the same numbers as one that never stopped.
+
+    Args:
+        train, validation: samples of one expression; whole patients on one side each.
+        resume_from: a folder that `EpochResult.save` wrote with the same config.
+    Raises:
+        ManifestError: too few samples to train or to validate on.
+        CheckpointError: the folder holds another run's state, or a damaged one.
+        ConfigError: a setting does not fit the data.
+        FloatingPointError: (from the generator) the training loss is not finite.
+    """
+    if len(train) < 2 or len(validation) < 3:
+        raise ManifestError(
+            "training needs at least 2 training and 3 validation clips of the expression, got "
+            f"{len(train)} and {len(validation)}. Add patients or choose another --expression."
+        )
+    run = _Run(config, store, train, validation, device or pick_device())
+    if resume_from is not None:
+        run.restore(resume_from)
+    return run.epochs()
+
+
+class _Run:
+    """The state of one training: what a checkpoint holds, and how an epoch changes it."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        train: Sequence[Sample],
+        validation: Sequence[Sample],
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.train_set = ClipDataset(store, train, config, train=True)
+        self.validation_set = ClipDataset(store, validation, config, train=False)
+        self.target = np.array([sample.score for sample in validation], dtype=np.float64)
+        with _seeded(config.train.seed, 0, device):
+            self.model = build(config)
+        weights.load_pretrained(self.model, config.model)
+        self.model.to(device)
+        scores = torch.tensor([sample.score for sample in train], dtype=torch.float32)
+        self.loss = build_loss(config.train, scores).to(device)
+        parameters = [p for m in (self.model, self.loss) for p in m.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(config.train, parameters)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config.train))
+        self.amp_dtype = amp_dtype(config.train, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+        self.epoch = 0
+        self.best_epoch = 0
+        self.best_key = (-np.inf, -np.inf)
+        self.best = self.model
+
+    def epochs(self) -> Iterator[EpochResult]:
+        while self.epoch < self.config.train.epochs:
+            yield self._next_epoch()
+
+    def _next_epoch(self) -> EpochResult:
+        started = time.perf_counter()
+        self.epoch += 1
+        lr = self.optimizer.param_groups[0]["lr"]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with _seeded(self.config.train.seed, self.epoch, self.device):
+            train_loss = self._train_epoch()
+        trained = time.perf_counter()
+        predictions = predict(self.model, self.validation_set, self.config, self.device)
+        values = metrics.evaluate(predictions, self.target)
+        key = (values["spearman"], -values["mae"])
+        if key > self.best_key:
+            self.best_key, self.best_epoch = key, self.epoch
+            self.best = copy.deepcopy(self.model).cpu()
+        return EpochResult(
+            epoch=self.epoch,
+            train_loss=train_loss,
+            lr=lr,
+            metrics=values,
+            predictions=predictions,
+            best_epoch=self.best_epoch,
+            best_spearman=self.best_key[0],
+            seconds=time.perf_counter() - started,
+            clips_per_s=len(self.train_set) / (trained - started),
+            peak_memory_mb=_peak_memory_mb(self.device),
+            save=self.save,
+        )
+
+    def _train_epoch(self) -> float:
+        settings = self.config.train
+        self.model.train()
+        self.train_set.set_epoch(self.epoch)
+        batches = epoch_batches(len(self.train_set), settings.batch_size)
+        loader = DataLoader(
+            self.train_set, batch_sampler=batches, collate_fn=collate, num_workers=self.config.data.workers
+        )
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(loader, start=1):
+            batch = batch.to(self.device)
+            rgb, heatmap = model_inputs(batch, self.config)
+            with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+                prediction = self.model(rgb, heatmap)
+            loss = self.loss(prediction.float(), batch.score)
+            last_group = (number - 1) // settings.accumulate == (len(batches) - 1) // settings.accumulate
+            share = (len(batches) - 1) % settings.accumulate + 1 if last_group else settings.accumulate
+            self.scaler.scale(loss / share).backward()
+            total += loss.detach()
+            if number % settings.accumulate == 0 or number == len(batches):
+                self._step()
+        self.schedule.step()
+        mean_loss = float(total) / len(batches)
+        if not np.isfinite(mean_loss):
+            raise FloatingPointError(f"the training loss is {mean_loss} in epoch {self.epoch}")
+        return mean_loss
+
+    def _step(self) -> None:
+        if self.config.train.clip_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "config": configs.to_json(self.config),
+            "epoch": self.epoch,
+            "best_epoch": self.best_epoch,
+            "best_key": [float(value) for value in self.best_key],
+            "model": self.model.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        unfinished = folder / (STATE_FILE + ".unfinished")
+        with open(unfinished, "wb") as out:
+            torch.save(state, out)
+            out.flush()
+            os.fsync(out.fileno())
+        extra = {"epoch": str(self.best_epoch), "validation_spearman": repr(float(self.best_key[0]))}
+        weights.save(folder / BEST_FILE, self.best, self.config, extra)
+        unfinished.replace(folder / STATE_FILE)
+
+    def restore(self, folder: Path) -> None:
+        state = _read_state(folder / STATE_FILE)
+        if configs.from_json(state["config"]) != self.config:
+            ours = configs.flatten(self.config)
+            theirs = configs.flatten(configs.from_json(state["config"]))
+            changed = [f"{name}={theirs[name]}" for name in ours if ours[name] != theirs[name]]
+            raise CheckpointError(
+                f"a run resumes with the config it was started with; {folder / STATE_FILE} has "
+                f"{', '.join(changed[:3])}. Start anew or use that config."
+            )
+        self.best, _, _ = weights.load(folder / BEST_FILE)
+        self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
+        self.best_key = tuple(state["best_key"])
+        self.model.load_state_dict(state["model"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+@torch.inference_mode()
+def predict(model: QAFENet, dataset: ClipDataset, config: Config, device: torch.device) -> np.ndarray:
+    """Scores [N] of a dataset's evaluation clips, in its order, batch by batch."""
+    model.eval()
+    loader = DataLoader(
+        dataset, batch_size=config.train.batch_size, collate_fn=collate, num_workers=config.data.workers
+    )
+    scores = [model(*model_inputs(batch.to(device), config)).double().cpu().numpy() for batch in loader]
+    return np.concatenate(scores)
+
+
+def epoch_batches(clips: int, batch_size: int) -> list[list[int]]:
+    """A random order of the clips in batches; a last batch of one joins the batch before it.
+
+    Batch norm and the balanced losses cannot learn from one clip. Draws from torch's global generator.
+    """
+    order = torch.randperm(clips).tolist()
+    batches = [order[start : start + batch_size] for start in range(0, clips, batch_size)]
+    if len(batches) > 1 and len(batches[-1]) == 1 and batch_size > 1:
+        batches[-2] += batches.pop()
+    return batches
+
+
+def build_optimizer(settings: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD with momentum, as published, or AdamW."""
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay
+    )
+
+
+def lr_factor(settings: TrainConfig) -> Callable[[int], float]:
+    """The learning rate of each epoch (from 0) as a share of ``train.lr``."""
+
+    def factor(epoch: int) -> float:
+        if epoch < settings.warmup_epochs:
+            return (epoch + 1) / (settings.warmup_epochs + 1)
+        if settings.schedule == "step":
+            return float(settings.step_factor ** (epoch // settings.step_epochs))
+        if settings.schedule == "cosine":
+            length = max(settings.epochs - settings.warmup_epochs, 1)
+            return float(0.5 * (1 + np.cos(np.pi * (epoch - settings.warmup_epochs) / length)))
+        return 1.0
+
+    return factor
+
+
+def amp_dtype(settings: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """What ``train.precision`` means on this device; None is plain float32."""
+    choice = settings.precision
+    if choice == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if choice == "fp16" and device.type == "cpu":
+        raise ConfigError("fp16 needs a GPU, got device cpu (train.precision). Set train.precision=bf16 or fp32.")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch's generators for a block, and puts them back after it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+        yield
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}. Name a folder that a run has saved to.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        configs.from_json(state["config"])
+    except Exception as err:
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged ({type(err).__name__}). Resume from an earlier one or start anew."
+        ) from err
+    return dict(state)
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

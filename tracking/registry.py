@@ -1,0 +1,218 @@
+"""python -m tracking.registry register | promote | list: from a sweep's best trial to ``models:/qafe-net@champion``."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from qafe import console
+from qafe.errors import TrackingError
+
+from . import scorer
+from .connection import connect, masked, resolve_uri
+from .figures import CHECKPOINT_FOLDER
+from .runs import STATE_TAG, SWEEP_TAG, TRIAL_TAG
+
+MODEL = "qafe-net"
+CHAMPION = "champion"
+OBJECTIVE = "best_spearman"
+REQUIREMENTS = ("torch", "einops", "jaxtyping", "numpy", "opencv-python-headless", "pandas", "pillow", "safetensors",
+                "scipy")  # fmt: skip
+
+
+def register(client: MlflowClient, sweep: str, *, model: str = MODEL, trial: int | None = None) -> Any:
+    """Registers a sweep's best trial (or the one with a number) as a new version of a model.
+
+    Raises:
+        TrackingError: there is no such sweep, or it has no finished trial with a checkpoint.
+    """
+    best = _best_run(client, sweep, trial)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            weights = client.download_artifacts(best.info.run_id, CHECKPOINT_FOLDER, folder)
+        except (MlflowException, OSError) as err:
+            raise TrackingError(
+                f"a trial needs its checkpoint to be registered, run {best.info.run_id} has none ({err}). "
+                "Wait until the sweep has sent it (python -m tracking.runs replay)."
+            ) from err
+        with mlflow.start_run(run_id=best.info.run_id):
+            info = mlflow.pyfunc.log_model(
+                name=MODEL,
+                python_model=scorer.__file__,
+                artifacts={scorer.WEIGHTS: weights},
+                code_paths=[str(_package_folder("qafe"))],
+                signature=scorer.SIGNATURE,
+                pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
+            )
+    tags = {"sweep": sweep, "trial_run": best.info.run_id}
+    tags |= {
+        name: f"{best.data.metrics[name]:.4f}" for name in (OBJECTIVE, "test_spearman") if name in best.data.metrics
+    }
+    return mlflow.register_model(info.model_uri, model, tags=tags)
+
+
+def promote(client: MlflowClient, model: str, version: str) -> None:
+    """Sets the champion alias to a version.
+
+    Raises:
+        TrackingError: there is no such version.
+    """
+    try:
+        client.get_model_version(model, version)
+    except MlflowException as err:
+        raise TrackingError(
+            f"a version must be in the registry to be promoted, {model} has no version {version}. "
+            "See python -m tracking.registry list."
+        ) from err
+    client.set_registered_model_alias(model, CHAMPION, version)
+
+
+def fetch(uri: str) -> Path:
+    """The weights folder of a registered model, downloaded; for ``python -m qafe score --model models:/...``.
+
+    Raises:
+        TrackingError: nothing in the registry has that name, version or alias.
+    """
+    client = connect()
+    try:
+        source = client.get_model_version_download_uri(*_name_and_version(client, uri))
+        folder = _model_cache() / hashlib.sha256(source.encode()).hexdigest()[:16]
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+                downloaded = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=unfinished)
+                os.replace(downloaded, folder)
+    except (MlflowException, OSError) as err:
+        known = ", ".join(found.name for found in client.search_registered_models()) or "none"
+        raise TrackingError(
+            f"the model must be in the registry of {masked(resolve_uri())}, {uri} is not (models there: {known}). "
+            "Register and promote one with python -m tracking.registry."
+        ) from err
+    weights = folder / "artifacts" / CHECKPOINT_FOLDER
+    if not weights.is_dir():
+        raise TrackingError(
+            f"{uri} must be a model that this project registered, it has no artifacts/{CHECKPOINT_FOLDER}. "
+            "Register one with python -m tracking.registry."
+        )
+    return weights
+
+
+def _name_and_version(client: MlflowClient, uri: str) -> tuple[str, str]:
+    """``models:/name/3`` and ``models:/name@alias`` as (name, version)."""
+    path = uri.removeprefix("models:/").strip("/")
+    name, _, version = path.partition("/")
+    if "@" in name:
+        name, _, alias = name.partition("@")
+        return name, str(client.get_model_version_by_alias(name, alias).version)
+    return name, version
+
+
+def _model_cache() -> Path:
+    """Where fetched models are kept; a registered version never changes, so one download is enough."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qafe" / "models"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    parser = console.parser("python -m tracking.registry", "Register, promote and list QAFE-Net models.")
+    parser.add_argument("--tracking-uri", help="the MLflow store (default: MLFLOW_TRACKING_URI or the embedded one)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("register", help="register a sweep's best trial")
+    sub.add_argument("--sweep", required=True, help="name of the sweep")
+    sub.add_argument("--trial", type=int, help="number of the trial (default: the best)")
+    sub.add_argument("--model", default=MODEL)
+    sub.set_defaults(run=_register)
+    sub = commands.add_parser("promote", help=f"make a version the @{CHAMPION}")
+    sub.add_argument("model", help=f"e.g. {MODEL}")
+    sub.add_argument("version", help="e.g. 1")
+    sub.set_defaults(run=_promote)
+    sub = commands.add_parser("list", help="list the registered versions")
+    sub.add_argument("--json", action="store_true")
+    sub.set_defaults(run=_list)
+    return console.run(lambda options: int(options.run(options)), parser, argv)
+
+
+def _register(options: argparse.Namespace) -> int:
+    version = register(connect(options.tracking_uri), options.sweep, model=options.model, trial=options.trial)
+    print(f"registered {version.name} version {version.version}")
+    print(f"promote it:  python -m tracking.registry promote {version.name} {version.version}", file=sys.stderr)
+    return 0
+
+
+def _promote(options: argparse.Namespace) -> int:
+    promote(connect(options.tracking_uri), options.model, options.version)
+    print(f"models:/{options.model}@{CHAMPION} is version {options.version}")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    client = connect(options.tracking_uri)
+    rows = []
+    for model in client.search_registered_models():
+        for version in client.search_model_versions(f"name = '{model.name}'"):
+            rows.append(
+                {
+                    "model": model.name,
+                    "version": int(version.version),
+                    "alias": ",".join(sorted(client.get_model_version(model.name, version.version).aliases)),
+                    "sweep": version.tags.get("sweep", ""),
+                    "validation_spearman": version.tags.get(OBJECTIVE, ""),
+                    "test_spearman": version.tags.get("test_spearman", ""),
+                }
+            )
+    rows.sort(key=lambda row: (row["model"], row["version"]))
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    names = ["model", "version", "alias", "sweep", "validation_spearman", "test_spearman"]
+    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) if rows else len(name) for name in names}
+    for row in [{name: name for name in names}, *rows]:
+        print("  ".join(str(row[name]).ljust(widths[name]) for name in names).rstrip())
+    return 0
+
+
+def _best_run(client: MlflowClient, sweep: str, trial: int | None) -> Run:
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    runs = client.search_runs(experiments, f"tags.`{SWEEP_TAG}` = '{sweep}'", max_results=5000)
+    if not runs:
+        raise TrackingError(f"a sweep must be in the tracking store to be registered, got {sweep!r} (--sweep). "
+                            "See the qafe.sweep tags in the MLflow UI.")  # fmt: skip
+    trials = [run for run in runs if run.data.tags.get(TRIAL_TAG) != "none"]
+    if trial is not None:
+        trials = [run for run in trials if run.info.run_name == f"{sweep}-{trial:03d}"]
+    ended = [run for run in trials if OBJECTIVE in run.data.metrics and run.data.tags.get(STATE_TAG) == "finished"]
+    if not ended:
+        wanted = "no finished trial" if trial is None else f"no finished trial {trial}"
+        raise TrackingError(f"only a finished trial can be registered, sweep {sweep} has {wanted}. Let it finish.")
+    return max(ended, key=lambda run: float(run.data.metrics[OBJECTIVE]))
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _version(name: str) -> str:
+    """The installed version without its build label: ``+cpu`` is on no package index."""
+    return importlib.metadata.version(name).partition("+")[0]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    sys.exit(main())

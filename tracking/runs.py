@@ -1,0 +1,334 @@
+"""One parent run for a sweep, one child run for each trial, fed from a local spool.
+
+`SweepTracker` is what a sweep talks to: it only appends to the spool. A background thread sends the spool's
+entries to MLflow in order, waits out a server that is away, and finds runs again by their tags after a crash.
+``python -m tracking.runs replay SPOOL`` sends what a sweep could not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from qafe import console
+from qafe.errors import CheckpointError, TrackingError
+
+from . import figures
+from .connection import connect, masked
+from .pseudonyms import load_key
+from .spool import Entry, Spool
+
+logger = logging.getLogger(__name__)
+
+TrialState = Literal["finished", "pruned", "failed", "killed"]
+SPOOL_FILE = "tracking.jsonl"
+SWEEP_TAG = "qafe.sweep"
+TRIAL_TAG = "qafe.trial"
+STATE_TAG = "qafe.state"
+MLFLOW_STATUS: dict[str, str] = {
+    "finished": "FINISHED",
+    "pruned": "FINISHED",
+    "failed": "FAILED",
+    "killed": "KILLED",
+}
+LONGEST_VALUE = 500
+
+
+def now_ms() -> int:
+    """The time, as MLflow counts it."""
+    return int(time.time() * 1000)
+
+
+class SweepTracker:
+    """Tracks a sweep; every call returns at once.
+
+    Args:
+        spool_path: where the spool lies; an existing one is continued.
+        uri: the tracking store, as `connection.resolve_uri` gave it.
+        experiment: MLflow experiment, one for each study.
+        sweep: name of the sweep, unique in the experiment.
+    """
+
+    def __init__(self, spool_path: Path, *, uri: str, experiment: str, sweep: str) -> None:
+        self.spool = Spool(spool_path)
+        self._seen: set[tuple[str, int]] = {
+            (entry["trial"], entry["step"]) for entry in self.spool.entries() if entry["kind"] == "epoch"
+        }
+        self.spool.append({"kind": "open", "uri": uri, "experiment": experiment, "sweep": sweep, "time": now_ms()})
+        self._sender = Sender(self.spool)
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)
+        self._thread.start()
+
+    def sweep_started(self, params: Mapping[str, Any], tags: Mapping[str, str], dataset: tuple[str, str]) -> None:
+        """The sweep's own params and tags; dataset is (name, digest)."""
+        self._append(kind="sweep", params=_texts(params), tags=dict(tags), dataset=list(dataset))
+
+    def trial_started(self, trial: str, number: int, params: Mapping[str, Any]) -> None:
+        """A trial begins, or goes on after a crash."""
+        self._append(kind="trial", trial=trial, number=number, params=_texts(params))
+
+    def epoch(self, trial: str, step: int, metrics: Mapping[str, float]) -> None:
+        """One epoch's metrics; an epoch that was tracked already is left as it is."""
+        if (trial, step) not in self._seen:
+            self._seen.add((trial, step))
+            self._append(kind="epoch", trial=trial, step=step, metrics=dict(metrics))
+
+    def trial_ended(
+        self,
+        trial: str,
+        state: TrialState,
+        *,
+        folder: Path | None,
+        reason: str = "",
+    ) -> None:
+        """A trial's final state; folder is its last checkpoint, from which artifacts and figures are made."""
+        self._append(
+            kind="trial_end",
+            trial=trial,
+            state=state,
+            folder=str(folder) if folder else "",
+            reason=reason,
+        )
+
+    def trial_metrics(self, trial: str, metrics: Mapping[str, float]) -> None:
+        """Numbers about a trial that are known after its end, such as its test Spearman."""
+        self._append(kind="trial_metrics", trial=trial, metrics=dict(metrics))
+
+    def sweep_files(self, folder: Path, metrics: Mapping[str, float]) -> None:
+        """The sweep's report: every file of a folder, and the numbers that sum the sweep up."""
+        self._append(kind="sweep_files", folder=str(folder), metrics=dict(metrics))
+
+    def sweep_ended(self, state: TrialState) -> None:
+        """The sweep's final state."""
+        self._append(kind="sweep_end", state=state)
+
+    def close(self, patience_s: float = 60.0) -> int:
+        """Sends what is left, for as long as patience lasts, and returns how many entries could not be sent."""
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(timeout=patience_s)
+        self.spool.close()
+        return sum(1 for _ in self.spool.unsent())
+
+    def run_ids(self) -> dict[str, str]:
+        """MLflow run ids of what has been sent so far: by trial, and the sweep's own under ``""``."""
+        return dict(self._sender.runs)
+
+    @property
+    def experiment_id(self) -> str:
+        """MLflow's id of the experiment, once the first entry has been sent."""
+        return self._sender.experiment_id
+
+    def wait_until_sent(self, patience_s: float) -> bool:
+        """Waits until the spool is empty; False when patience ran out."""
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            if next(self.spool.unsent(), None) is None:
+                return True
+            self._wake.set()
+            time.sleep(0.05)
+        return False
+
+    def _append(self, **entry: Any) -> None:
+        self.spool.append(entry | {"time": now_ms()})
+        self._wake.set()
+
+    def _send_forever(self) -> None:
+        delay_s = 1.0
+        while True:
+            self._wake.clear()
+            try:
+                sent = self._sender.send_all()
+                delay_s = 1.0
+                if sent == 0 and self._stop.is_set():
+                    return
+                if sent == 0:
+                    self._wake.wait()
+            except TrackingError as err:
+                logger.warning("tracking waits: %s", err)
+                time.sleep(1.0) if self._stop.is_set() else self._stop.wait(delay_s)
+                delay_s = min(2 * delay_s, 30.0)
+
+
+class Sender:
+    """Turns a spool's entries into MLflow runs, in order, each any number of times with the same result."""
+
+    def __init__(self, spool: Spool) -> None:
+        self.spool = spool
+        self.runs: dict[str, str] = {}
+        self.experiment_id = ""
+        self._client: MlflowClient | None = None
+        self._opened: Entry | None = None
+        self._handlers: dict[str, Callable[[MlflowClient, Entry], None]] = {
+            "sweep": self._sweep,
+            "trial": self._trial,
+            "epoch": self._epoch,
+            "trial_end": self._trial_end,
+            "trial_metrics": self._trial_metrics,
+            "sweep_files": self._sweep_files,
+            "sweep_end": self._sweep_end,
+        }
+
+    def send_all(self) -> int:
+        """Sends every unsent entry and returns how many there were.
+
+        Raises:
+            TrackingError: the server did not take one; it and the rest stay unsent.
+        """
+        count = 0
+        for entry, place in self.spool.unsent():
+            self._send(entry)
+            self.spool.mark_sent(place)
+            count += 1
+        return count
+
+    def _send(self, entry: Entry) -> None:
+        if entry["kind"] == "open":
+            self._opened, self._client, self.runs = entry, None, {}
+            return
+        if self._opened is None:  # the spool was continued after its opening had been sent
+            self._opened = [past for past in self.spool.entries() if past["kind"] == "open"][-1]
+        try:
+            if self._client is None:
+                self._client = connect(self._opened["uri"])
+                self.experiment_id = _experiment(self._client, self._opened["experiment"])
+            self._handlers[entry["kind"]](self._client, entry)
+        except (MlflowException, OSError) as err:
+            raise TrackingError(
+                f"the tracking server must take a sweep's {entry['kind']} entry, got {type(err).__name__} from "
+                f"{masked(self._opened['uri'])}: {str(err)[:200]}. The entry is kept in {self.spool.path}."
+            ) from err
+
+    def _run_id(self, client: MlflowClient, trial: str, entry: Entry | None = None) -> str:
+        """The run of a trial (or, for ``""``, of the sweep): known, found by its tags, or made."""
+        if trial in self.runs:
+            return self.runs[trial]
+        assert self._opened is not None
+        sweep = self._opened["sweep"]
+        found = client.search_runs(
+            [self.experiment_id],
+            filter_string=f"tags.`{SWEEP_TAG}` = '{sweep}' AND tags.`{TRIAL_TAG}` = '{trial or 'none'}'",
+            max_results=1,
+        )
+        if found:
+            run_id: str = found[0].info.run_id
+        else:
+            tags = {SWEEP_TAG: sweep, TRIAL_TAG: trial or "none", "mlflow.source.name": "sweeps.run"}
+            if trial:
+                tags["mlflow.parentRunId"] = self._run_id(client, "")
+            name = f"{sweep}-{entry['number']:03d}" if entry and trial else sweep
+            started = entry["time"] if entry else now_ms()
+            run_id = client.create_run(self.experiment_id, start_time=started, tags=tags, run_name=name).info.run_id
+        self.runs[trial] = run_id
+        return run_id
+
+    def _sweep(self, client: MlflowClient, entry: Entry) -> None:
+        run_id = self._run_id(client, "", entry)
+        _describe(client, run_id, entry)
+        name, digest = entry["dataset"]
+        dataset = Dataset(name=name, digest=digest[:36], source_type="local", source="{}")
+        client.log_inputs(run_id, [DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", "training")])])
+        client.update_run(run_id, status="RUNNING")
+
+    def _trial(self, client: MlflowClient, entry: Entry) -> None:
+        run_id = self._run_id(client, entry["trial"], entry)
+        _describe(client, run_id, entry)
+        client.update_run(run_id, status="RUNNING")
+
+    def _epoch(self, client: MlflowClient, entry: Entry) -> None:
+        run_id = self._run_id(client, entry["trial"])
+        _log_metrics(client, run_id, entry["metrics"], entry["time"], entry["step"])
+
+    def _trial_end(self, client: MlflowClient, entry: Entry) -> None:
+        run_id = self._run_id(client, entry["trial"])
+        if entry["folder"]:
+            try:
+                with figures.trial_files(Path(entry["folder"]), load_key()) as folder:
+                    client.log_artifacts(run_id, str(folder))
+            except CheckpointError as err:
+                logger.warning("run %s gets no figures: %s", run_id, err)
+        client.set_tag(run_id, STATE_TAG, entry["state"])
+        if entry["reason"]:
+            client.set_tag(run_id, "qafe.reason", entry["reason"])
+        client.set_terminated(run_id, status=MLFLOW_STATUS[entry["state"]], end_time=entry["time"])
+
+    def _trial_metrics(self, client: MlflowClient, entry: Entry) -> None:
+        _log_metrics(client, self._run_id(client, entry["trial"]), entry["metrics"], entry["time"], 0)
+
+    def _sweep_files(self, client: MlflowClient, entry: Entry) -> None:
+        run_id = self._run_id(client, "")
+        client.log_artifacts(run_id, entry["folder"])
+        _log_metrics(client, run_id, entry["metrics"], entry["time"], 0)
+
+    def _sweep_end(self, client: MlflowClient, entry: Entry) -> None:
+        run_id = self._run_id(client, "")
+        client.set_tag(run_id, STATE_TAG, entry["state"])
+        client.set_terminated(run_id, status=MLFLOW_STATUS[entry["state"]], end_time=entry["time"])
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return str(client.create_experiment(name))
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def _describe(client: MlflowClient, run_id: str, entry: Entry) -> None:
+    """Params (those that are not there yet: MLflow refuses to log one twice) and tags."""
+    known = client.get_run(run_id).data.params
+    params = [Param(name, value) for name, value in entry["params"].items() if name not in known]
+    tags = [RunTag(name, value) for name, value in entry.get("tags", {}).items()]
+    for start in range(0, len(params), 100):
+        client.log_batch(run_id, params=params[start : start + 100])
+    client.log_batch(run_id, tags=tags)
+
+
+def _log_metrics(client: MlflowClient, run_id: str, metrics: Mapping[str, float], time_ms: int, step: int) -> None:
+    client.log_batch(run_id, metrics=[Metric(name, value, time_ms, step) for name, value in metrics.items()])
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value)[:LONGEST_VALUE] for name, value in values.items()}
+
+
+def replay(spool_path: Path) -> int:
+    """Sends what a spool still holds to its own store and returns how many entries that was.
+
+    Raises:
+        TrackingError: there is no such spool, or the server does not answer.
+    """
+    if not spool_path.is_file():
+        raise TrackingError(f"a spool is a file that a sweep left, got {spool_path}. Name a sweep's {SPOOL_FILE}.")
+    return Sender(Spool(spool_path)).send_all()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m tracking.runs replay SPOOL``."""
+    parser = console.parser("python -m tracking.runs", "Send what a sweep could not send to its tracking server.")
+    parser.add_argument("command", choices=["replay"])
+    parser.add_argument("spool", type=Path, help=f"{SPOOL_FILE} in a sweep's folder")
+    return console.run(_main, parser, argv)
+
+
+def _main(options: argparse.Namespace) -> int:
+    print(json.dumps({"sent": replay(options.spool)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
