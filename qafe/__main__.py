@@ -36,30 +36,33 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     sub = commands.add_parser("sample", help="make the generated sample dataset")
     sub.add_argument("folder", type=Path, help="where to make it; must not exist or be empty")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--train-patients", type=int, default=30)
+    sub.add_argument("--test-patients", type=int, default=10)
+    sub.add_argument("--clips", type=int, default=4, help="of each expression and patient (default: 4)")
     sub.set_defaults(run=_sample)
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from .data.sample import make_sample
+    from .data.sample import SampleConfig, make_sample
 
-    print(make_sample(options.folder, seed=options.seed))
+    config = SampleConfig(
+        seed=options.seed,
+        train_patients=options.train_patients,
+        test_patients=options.test_patients,
+        clips=options.clips,
+    )
+    print(make_sample(options.folder, config))
     return 0
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     sub = commands.add_parser("train", help="train one model for each expression, without Ray or MLflow")
     sub.add_argument("--data-root", type=Path, required=True, help="a prepared dataset")
-    sub.add_argument(
-        "--expression", default="smile", help="one, several with commas, or all (default: smile)"
-    )
+    sub.add_argument("--expression", default="smile", help="one, several with commas, or all (default: smile)")
     sub.add_argument("--preset", choices=sorted(PRESETS), default="paper")
-    sub.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="e.g. model.fusion.layers=2"
-    )
+    sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="e.g. model.fusion.layers=2")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    sub.add_argument(
-        "--out", type=Path, help="folder for the weights, config and history (default: not kept)"
-    )
+    sub.add_argument("--out", type=Path, help="folder for the weights, config and history (default: not kept)")
     sub.set_defaults(run=_train)
 
 
@@ -96,9 +99,7 @@ def _train(options: argparse.Namespace) -> int:
                 scores = Scorer(folder, device).score_samples(part.store, part.test)
                 test[expression] = metrics.spearman(scores, np.array([sample.score for sample in part.test]))
     print(
-        _published_row(
-            history, "validation", {name: entry.best.metrics["spearman"] for name, entry in history.items()}
-        )
+        _published_row(history, "validation", {name: entry.best.metrics["spearman"] for name, entry in history.items()})
     )
     print(_published_row(history, "test", test))
     return 0
@@ -129,9 +130,7 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     sub = commands.add_parser("score", help="score prepared clips with a trained model")
     sub.add_argument("clips", type=Path, nargs="+", metavar="CLIP_FOLDER", help="frames/<patient>/<video>")
     sub.add_argument("--model", required=True, help="a folder that train wrote, or models:/qafe-net@champion")
-    sub.add_argument(
-        "--expression", help="which expression the clip shows; needed if the model knows several"
-    )
+    sub.add_argument("--expression", help="which expression the clip shows; needed if the model knows several")
     sub.add_argument("--json", action="store_true", help="print one JSON object for each clip")
     sub.set_defaults(run=_score)
 

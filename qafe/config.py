@@ -216,17 +216,14 @@ class HeatmapConfig:
     """Leave the first of the 73 points out, as the published code does."""
 
     def __post_init__(self) -> None:
-        _require_above(
-            0, **{"data.heatmap.canvas_px": self.canvas_px, "data.heatmap.sigma_px": self.sigma_px}
-        )
+        _require_above(0, **{"data.heatmap.canvas_px": self.canvas_px, "data.heatmap.sigma_px": self.sigma_px})
         _require(
             self.window_px >= 1,
             f"data.heatmap.window_px must be at least 1, got {self.window_px}. Set data.heatmap.window_px=5.",
         )
         _require(
             self.blur_px in (0, 1, 3, 5, 7, 9, 11, 13, 15),
-            f"data.heatmap.blur_px must be 0 or odd and at most 15, got {self.blur_px}. "
-            "Set data.heatmap.blur_px=7.",
+            f"data.heatmap.blur_px must be 0 or odd and at most 15, got {self.blur_px}. Set data.heatmap.blur_px=7.",
         )
 
     @property
@@ -445,9 +442,7 @@ def parse_settings(pairs: list[str]) -> dict[str, str]:
     settings = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
-        _require(
-            bool(separator), f"a setting is written name=value, got {pair!r} (--set). Write train.lr=0.001."
-        )
+        _require(bool(separator), f"a setting is written name=value, got {pair!r} (--set). Write train.lr=0.001.")
         settings[name.strip()] = value.strip()
     return settings
 
@@ -466,9 +461,7 @@ def from_json(text: str) -> Config:
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as err:
-        raise ConfigError(
-            f"a config must be JSON, got {text[:40]!r} ({err}). Use a config.json of a run."
-        ) from err
+        raise ConfigError(f"a config must be JSON, got {text[:40]!r} ({err}). Use a config.json of a run.") from err
     _require(isinstance(tree, dict), f"a config must be a JSON object, got {text[:40]!r}.")
     return override(Config(), _flatten_tree(tree))
 

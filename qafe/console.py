@@ -16,9 +16,7 @@ INTERRUPTED = 130
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """An argument parser with the flags that all commands share."""
     result = argparse.ArgumentParser(prog=prog, description=description)
-    result.add_argument(
-        "--debug", action="store_true", help="show the trace of an error, and more of what happens"
-    )
+    result.add_argument("--debug", action="store_true", help="show the trace of an error, and more of what happens")
     return result
 
 

@@ -95,6 +95,4 @@ def read_history(folder: Path) -> History:
             for name, entry in tree.items()
         }
     except (OSError, ValueError, TypeError, KeyError) as err:
-        raise CheckpointError(
-            f"{path} is missing or damaged ({err}). Resume from an earlier checkpoint."
-        ) from err
+        raise CheckpointError(f"{path} is missing or damaged ({err}). Resume from an earlier checkpoint.") from err

@@ -326,7 +326,7 @@ def _unit(rows: FloatArray) -> FloatArray:
 
 def _unit_ranks(rows: FloatArray) -> FloatArray:
     """`_unit` of each row's ranks; zero for a row with a value that is not finite."""
-    from scipy.stats import rankdata
+    from scipy.stats import rankdata  # takes a second to import: not when the module is
 
     finite = np.isfinite(rows).all(axis=1, keepdims=True)
     ranks: FloatArray = rankdata(np.where(finite, rows, 0.0), axis=1)

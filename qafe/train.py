@@ -280,7 +280,8 @@ def epoch_batches(clips: int, batch_size: int) -> list[list[int]]:
     order = torch.randperm(clips).tolist()
     batches = [order[start : start + batch_size] for start in range(0, clips, batch_size)]
     if len(batches) > 1 and len(batches[-1]) == 1 and batch_size > 1:
-        batches[-2] += batches.pop()
+        single = batches.pop()
+        batches[-1] += single
     return batches
 
 

@@ -19,7 +19,7 @@ from .searcher import FINISHED, OBJECTIVE
 TRACKED = ("spearman", "pearson", "mae", "train_loss", "lr", "epoch_s", "clips_per_s", "peak_memory_mb", OBJECTIVE)
 
 
-class TrackTrials(Callback):  # type: ignore[misc]
+class TrackTrials(Callback):
     """Hands every trial's start, epochs and end to the tracker, which never makes the sweep wait."""
 
     def __init__(self, tracker: SweepTracker, base: Config) -> None:
@@ -61,7 +61,7 @@ class TrackTrials(Callback):  # type: ignore[misc]
         )
 
 
-class TellPeople(Callback):  # type: ignore[misc]
+class TellPeople(Callback):
     """One line on stderr for each trial that ends."""
 
     def __init__(self, planned: int) -> None:

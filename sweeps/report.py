@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import html
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -179,7 +180,7 @@ def print_table(summary: Mapping[str, Any], shown: int = 10) -> None:
     table = Table(title=f"best trials of {summary['sweep']} ({', '.join(summary['expressions'])})", box=box.SIMPLE)
     for name in ("trial", "state", "validation Spearman", "epochs", "settings that differ from the baseline"):
         table.add_column(name, justify="right" if name in ("trial", "validation Spearman", "epochs") else "left")
-    baseline = next((row["settings"] for row in summary["trials"] if row["baseline"]), {})
+    baseline: dict[str, Any] = next((row["settings"] for row in summary["trials"] if row["baseline"]), {})
     for row in summary["trials"][:shown]:
         changed = [
             f"{name.rpartition('.')[2]}={value:.3g}"
@@ -313,7 +314,7 @@ def _history_figure(trials: Sequence[TrialSummary]) -> Any:
             x, y = [row.number for row in rows], [row.objective for row in rows]
             figure.add_trace(go.Scatter(x=x, y=y, mode="markers", name=state))
     finished = [row for row in ordered if row.state == "finished"]
-    best = np.maximum.accumulate([row.objective for row in finished]) if finished else []
+    best = list(itertools.accumulate((row.objective or 0.0 for row in finished), max))
     figure.add_trace(go.Scatter(x=[row.number for row in finished], y=best, mode="lines", name="best so far"))
     return figure
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -195,8 +196,15 @@ def run_sweep(
         f"{len(cohort.train)} training, {len(cohort.validation)} validation and {len(cohort.test)} test clips"
     )
     with _ray(address):
-        tracker = SweepTracker(folder / SPOOL_FILE, uri=plan.tracking_uri, experiment=plan.study, sweep=plan.name)
-        tracker.sweep_started(_sweep_params(plan), _source_tags(), (cohort.manifest.name, cohort.manifest.digest))
+        tracker = SweepTracker(
+            folder / SPOOL_FILE,
+            uri=plan.tracking_uri,
+            experiment=plan.study,
+            sweep=plan.name,
+            params=_sweep_params(plan),
+            tags=_source_tags(),
+            dataset=(cohort.manifest.name, cohort.manifest.digest),
+        )
         ended = False
         try:
             checkpoints, running = _tune(plan, study, tracker, resume)
@@ -270,7 +278,7 @@ def _tune(plan: Plan, study: Study, tracker: Any, resume: bool) -> tuple[dict[st
         max_failures=WORKER_RESTARTS,
         raise_on_failed_trial=False,
         reuse_actors=True,
-        resume_config=ResumeConfig(errored=ResumeConfig.ResumeType.RESUME) if resume else None,
+        resume_config=ResumeConfig(errored=ResumeConfig.ResumeType.RESUME) if resume else None,  # type: ignore[arg-type]
         callbacks=[TrackTrials(tracker, config), TellPeople(plan.trials)],
         trial_name_creator=_trial_name,
         trial_dirname_creator=_trial_name,
@@ -385,7 +393,7 @@ def _ray(address: str | None):  # type: ignore[no-untyped-def]
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as err:
         raise ConfigError(
             f"the Ray cluster must answer, got no answer from {address} (--address; {type(err).__name__}). "

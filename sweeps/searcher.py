@@ -30,7 +30,7 @@ RAY_TRIAL = "ray_trial"
 FINISHED = "finished"
 
 
-class StudySearcher(Searcher):  # type: ignore[misc]
+class StudySearcher(Searcher):
     """Asks Optuna for each trial's settings and tells it what came of them.
 
     Args:
@@ -95,7 +95,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         saved = json.loads(Path(checkpoint_path).read_text())["open"]
         self._trials = {}
         for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            ray_trial = frozen.user_attrs.get(RAY_TRIAL)
+            ray_trial = frozen.user_attrs.get(RAY_TRIAL, "")
             if ray_trial in saved:
                 self._trials[ray_trial] = optuna.Trial(self._study, frozen._trial_id)
             else:

@@ -151,7 +151,7 @@ def test_values_and_gradients_agree_with_the_released_code() -> None:
             loss = GaussianMixtureMSE(case["sigma"], train_sigma=True, **flat).to(dtype)
         else:
             power = 2 if name == "focal_mse" else 1
-            loss = FocalLoss(power, beta=case["beta"], gamma=case["gamma"], activate=case["activate"])  # type: ignore[arg-type]
+            loss = FocalLoss(power, beta=case["beta"], gamma=float(case["gamma"]), activate=case["activate"])  # type: ignore[arg-type]
         if case.get("weights") is not None:
             # Weights for each clip are no part of ours: the weighted mean of one-clip losses is the same.
             shares = torch.tensor(case["weights"], dtype=torch.float64).flatten().to(dtype)

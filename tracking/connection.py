@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # A client that meets a sleeping server must come back soon: the spool keeps what it could not send.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -46,7 +46,6 @@ def connect(uri: str | None = None) -> MlflowClient:
     """
     resolved = resolve_uri(uri)
     try:
-        mlflow.set_tracking_uri(resolved)
         client = MlflowClient(tracking_uri=resolved)
         client.search_experiments(max_results=1)
     except (MlflowException, OSError, ValueError) as err:

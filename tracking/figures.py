@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -67,7 +68,7 @@ def draw_predictions(history: History) -> Figure:
     return figure
 
 
-def scatter_scores(axes, target: np.ndarray, prediction: np.ndarray) -> None:  # type: ignore[no-untyped-def]
+def scatter_scores(axes: Axes, target: np.ndarray, prediction: np.ndarray) -> None:
     """Predicted against true score; equal scores are spread sideways so that each clip is seen."""
     spread = np.random.default_rng(0).uniform(-0.12, 0.12, len(target))
     axes.scatter(target + spread, prediction, s=22, alpha=0.7, edgecolors="none")
@@ -101,4 +102,5 @@ def _caption(entry: ExpressionHistory) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure).print_png(path)
+    FigureCanvasAgg(figure)
+    figure.savefig(path)

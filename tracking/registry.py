@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def register(client: MlflowClient, sweep: str, *, model: str = MODEL, trial: int
         TrackingError: there is no such sweep, or it has no finished trial with a checkpoint.
     """
     best = _best_run(client, sweep, trial)
+    mlflow.set_tracking_uri(client.tracking_uri)
     with tempfile.TemporaryDirectory() as folder:
         try:
             weights = client.download_artifacts(best.info.run_id, CHECKPOINT_FOLDER, folder)
@@ -49,7 +51,9 @@ def register(client: MlflowClient, sweep: str, *, model: str = MODEL, trial: int
                 f"a trial needs its checkpoint to be registered, run {best.info.run_id} has none ({err}). "
                 "Wait until the sweep has sent it (python -m tracking.runs replay)."
             ) from err
-        with mlflow.start_run(run_id=best.info.run_id):
+        with mlflow.start_run(run_id=best.info.run_id), warnings.catch_warnings():
+            # MLflow asks for an input example; ours would be the path of a patient's clip.
+            warnings.filterwarnings("ignore", message=".*input example.*")
             info = mlflow.pyfunc.log_model(
                 name=MODEL,
                 python_model=scorer.__file__,
@@ -88,6 +92,7 @@ def fetch(uri: str) -> Path:
         TrackingError: nothing in the registry has that name, version or alias.
     """
     client = connect()
+    mlflow.set_tracking_uri(client.tracking_uri)
     try:
         source = client.get_model_version_download_uri(*_name_and_version(client, uri))
         folder = _model_cache() / hashlib.sha256(source.encode()).hexdigest()[:16]

@@ -58,23 +58,40 @@ class SweepTracker:
         uri: the tracking store, as `connection.resolve_uri` gave it.
         experiment: MLflow experiment, one for each study.
         sweep: name of the sweep, unique in the experiment.
+        params: the sweep's own params; its trials have theirs.
+        tags: of the sweep and of every trial (versions, commit).
+        dataset: name and digest of the data.
     """
 
-    def __init__(self, spool_path: Path, *, uri: str, experiment: str, sweep: str) -> None:
+    def __init__(
+        self,
+        spool_path: Path,
+        *,
+        uri: str,
+        experiment: str,
+        sweep: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        dataset: tuple[str, str],
+    ) -> None:
         self.spool = Spool(spool_path)
         self._seen: set[tuple[str, int]] = {
             (entry["trial"], entry["step"]) for entry in self.spool.entries() if entry["kind"] == "epoch"
         }
-        self.spool.append({"kind": "open", "uri": uri, "experiment": experiment, "sweep": sweep, "time": now_ms()})
         self._sender = Sender(self.spool)
         self._stop = threading.Event()
         self._wake = threading.Event()
+        self._append(
+            kind="open",
+            uri=uri,
+            experiment=experiment,
+            sweep=sweep,
+            params=_texts(params),
+            tags=dict(tags),
+            dataset=list(dataset),
+        )
         self._thread = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)
         self._thread.start()
-
-    def sweep_started(self, params: Mapping[str, Any], tags: Mapping[str, str], dataset: tuple[str, str]) -> None:
-        """The sweep's own params and tags; dataset is (name, digest)."""
-        self._append(kind="sweep", params=_texts(params), tags=dict(tags), dataset=list(dataset))
 
     def trial_started(self, trial: str, number: int, params: Mapping[str, Any]) -> None:
         """A trial begins, or goes on after a crash."""
@@ -173,7 +190,7 @@ class Sender:
         self._client: MlflowClient | None = None
         self._opened: Entry | None = None
         self._handlers: dict[str, Callable[[MlflowClient, Entry], None]] = {
-            "sweep": self._sweep,
+            "open": self._open,
             "trial": self._trial,
             "epoch": self._epoch,
             "trial_end": self._trial_end,
@@ -198,13 +215,13 @@ class Sender:
     def _send(self, entry: Entry) -> None:
         if entry["kind"] == "open":
             self._opened, self._client, self.runs = entry, None, {}
-            return
-        if self._opened is None:  # the spool was continued after its opening had been sent
+        if self._opened is None:  # the spool goes on after an opening that has been sent
             self._opened = [past for past in self.spool.entries() if past["kind"] == "open"][-1]
         try:
             if self._client is None:
-                self._client = connect(self._opened["uri"])
-                self.experiment_id = _experiment(self._client, self._opened["experiment"])
+                client = connect(self._opened["uri"])
+                self.experiment_id = _experiment(client, self._opened["experiment"])
+                self._client = client
             self._handlers[entry["kind"]](self._client, entry)
         except (MlflowException, OSError) as err:
             raise TrackingError(
@@ -235,17 +252,26 @@ class Sender:
         self.runs[trial] = run_id
         return run_id
 
-    def _sweep(self, client: MlflowClient, entry: Entry) -> None:
-        run_id = self._run_id(client, "", entry)
-        _describe(client, run_id, entry)
-        name, digest = entry["dataset"]
-        dataset = Dataset(name=name, digest=digest[:36], source_type="local", source="{}")
-        client.log_inputs(run_id, [DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", "training")])])
-        client.update_run(run_id, status="RUNNING")
+    def _open(self, client: MlflowClient, entry: Entry) -> None:
+        self._begin(client, self._run_id(client, "", entry), entry["params"])
 
     def _trial(self, client: MlflowClient, entry: Entry) -> None:
-        run_id = self._run_id(client, entry["trial"], entry)
-        _describe(client, run_id, entry)
+        self._begin(client, self._run_id(client, entry["trial"], entry), entry["params"])
+
+    def _begin(self, client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
+        """Params, tags and dataset of a run that begins or goes on."""
+        assert self._opened is not None
+        known = client.get_run(run_id)
+        # MLflow refuses to log a param twice: a run that goes on gets only what it does not have.
+        new = [Param(name, value) for name, value in params.items() if name not in known.data.params]
+        for start in range(0, len(new), 100):
+            client.log_batch(run_id, params=new[start : start + 100])
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in self._opened["tags"].items()])
+        if not (known.inputs and known.inputs.dataset_inputs):
+            name, digest = self._opened["dataset"]
+            dataset = Dataset(name=name, digest=digest[:36], source_type="local", source="{}")
+            context = [InputTag("mlflow.data.context", "training")]
+            client.log_inputs(run_id, [DatasetInput(dataset=dataset, tags=context)])
         client.update_run(run_id, status="RUNNING")
 
     def _epoch(self, client: MlflowClient, entry: Entry) -> None:
@@ -286,16 +312,6 @@ def _experiment(client: MlflowClient, name: str) -> str:
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
-
-
-def _describe(client: MlflowClient, run_id: str, entry: Entry) -> None:
-    """Params (those that are not there yet: MLflow refuses to log one twice) and tags."""
-    known = client.get_run(run_id).data.params
-    params = [Param(name, value) for name, value in entry["params"].items() if name not in known]
-    tags = [RunTag(name, value) for name, value in entry.get("tags", {}).items()]
-    for start in range(0, len(params), 100):
-        client.log_batch(run_id, params=params[start : start + 100])
-    client.log_batch(run_id, tags=tags)
 
 
 def _log_metrics(client: MlflowClient, run_id: str, metrics: Mapping[str, float], time_ms: int, step: int) -> None:

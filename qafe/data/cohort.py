@@ -43,12 +43,13 @@ def load_cohort(root: Path | str, settings: DataConfig) -> Cohort:
     store = Store(root)
     manifest = read_manifest(store)
     train, validation = split_validation(manifest.train, settings.validation_fraction, settings.split_seed)
-    parts = (train, validation, manifest.test)
+    test = manifest.test
     if settings.shuffle_labels:
-        parts = tuple(
-            shuffle_scores(samples, seed=settings.split_seed + number) for number, samples in enumerate(parts)
+        train, validation, test = (
+            shuffle_scores(samples, seed=settings.split_seed + number)
+            for number, samples in enumerate((train, validation, test))
         )
-    return Cohort(store, manifest, *parts)
+    return Cohort(store, manifest, train, validation, test)
 
 
 def choose_expressions(manifest: Manifest, wanted: str) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ from ..store import CsvRow, Store
 VERSION = 1
 """Raised when the same settings would give another dataset."""
 
-FRAME_HZ = 25
+FRAME_HZ = 12.5
 SIZE_PX = 256
 JPEG_QUALITY = 88
 SETTINGS_FILE = "sample.json"
@@ -56,9 +56,9 @@ class SampleConfig:
     seed: int = 0
     train_patients: int = 30
     test_patients: int = 10
-    clips: int = 4
+    clips: int = 7
     """Clips of each expression and patient."""
-    frames: tuple[int, int] = (40, 50)
+    frames: tuple[int, int] = (21, 29)
     """Fewest and most frames of a clip; one clip in ten is shorter, down to three quarters of the fewest."""
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class SampleConfig:
         if self.seed < 0:
             raise ConfigError(f"sample seed must not be negative, got {self.seed}. Set seed=0.")
         if not 8 <= self.frames[0] <= self.frames[1]:
-            raise ConfigError(f"sample frames must be (fewest, most), at least 8, got {self.frames}. Set (40, 50).")
+            raise ConfigError(f"sample frames must be (fewest, most), at least 8, got {self.frames}. Set (21, 29).")
 
     @property
     def patients(self) -> int:
@@ -124,9 +124,9 @@ def severities(config: SampleConfig) -> Array:
             for count in (config.train_patients, config.test_patients)
         ]
     )
-    patient = -0.2 + 4.4 * levels[:, None, None]
+    patient = 0.5 + 3.0 * levels[:, None, None]
     shape = (config.patients, len(EXPRESSIONS), config.clips)
-    days = np.linspace(-1.3, 1.3, config.clips) if config.clips > 1 else np.zeros(1)
+    days = np.linspace(-1.9, 1.9, config.clips) if config.clips > 1 else np.zeros(1)
     clips = rng.permuted(np.broadcast_to(days, shape), axis=2) + rng.normal(0, 0.25, shape)
     return np.clip(patient + rng.normal(0, 0.5, (*shape[:2], 1)) + clips, -0.4, 4.4)
 
@@ -176,8 +176,8 @@ def _person(rng: np.random.Generator) -> dict[str, Any]:
         "skin": skin,
         "hair": hairs[rng.integers(5)] + rng.uniform(-12, 12),
         "iris": np.array([[70, 100, 140], [90, 60, 40], [70, 105, 75]])[rng.integers(3)],
-        "wall": rng.uniform(90, 210, 3),
-        "shirt": rng.uniform(40, 190, 3),
+        "wall": rng.uniform(150, 180) + rng.uniform(-6, 6, 3),
+        "shirt": rng.uniform(80, 120) + rng.uniform(-12, 12, 3),
         "gain": rng.uniform(0.8, 1.05),
         "noise": rng.uniform(0.4, 1.0),
         "face_width": rng.uniform(0.93, 1.07),
@@ -224,9 +224,9 @@ def _movement(
 
     # The middle of the movement lies anywhere on the scale, the same for the mild and the severe.
     drawn = 0.5 * person["stance"] + rng.normal(0, 0.85, (4, 1)) + rng.normal(0, 0.16, (4, 2))
-    middle = 0.65 * np.tanh(0.95 * drawn) * (1.0 - MIDDLE_MARGIN * amplitude)
+    middle = 0.42 * np.tanh(1.2 * drawn) * (1.0 - MIDDLE_MARGIN * amplitude)
     if expression:
-        middle[np.arange(4) != expression - 1] *= 0.5
+        middle[np.arange(4) != expression - 1] *= 0.4
     return middle + amplitude * (wave[:, :, None] - 0.5), blink
 
 
@@ -235,10 +235,10 @@ MIDDLE_MARGIN = 0.25
 
 
 def _repeats(rng: np.random.Generator, frames: int, severity: float) -> Array:
-    """An expression made and released one to three times, [T] in 0-1, from a random moment on."""
-    ramp = (4.0 + 1.6 * np.clip(severity, 0, 4)) * rng.uniform(0.85, 1.15)
-    most = int(np.clip(frames / (2.6 * ramp), 1, 3))
-    period = frames / rng.integers(1, most + 1) * rng.uniform(0.92, 1.08)
+    """An expression made and released one to four times, [T] in 0-1, from a random moment on."""
+    ramp = (1.6 + 1.2 * np.clip(severity, 0, 4)) * rng.uniform(0.85, 1.15)
+    most = int(np.clip(frames / (3.2 * ramp), 1, 4))
+    period = frames / rng.integers(max(most - 1, 1), most + 1) * rng.uniform(0.92, 1.08)
     ramp = min(ramp, 0.42 * period)
     high = rng.uniform(0.35, 0.65) * period
     time = (np.arange(frames) + rng.uniform(0, period)) % period
@@ -260,7 +260,7 @@ def _blinks(rng: np.random.Generator, frames: int, count: int) -> Array:
     if count:
         slot = frames / count
         for centre in (np.arange(count) + rng.uniform(0.2, 0.8, count)) * slot:
-            closed = np.maximum(closed, np.exp(-(((np.arange(frames) - centre) / 1.9) ** 4)))
+            closed = np.maximum(closed, np.exp(-(((np.arange(frames) - centre) / 1.1) ** 4)))
     return closed
 
 
@@ -331,7 +331,7 @@ def _curves(rng: np.random.Generator, person: dict[str, Any], move: Array, blink
 
     width = 74 * person["face_width"]
     bulge = np.exp(-(((np.cos(_JAW) ** 2 - 0.5) / 0.3) ** 2)) * np.sign(np.cos(_JAW))
-    side = np.where(_JAW < np.pi / 2, 0, 1)
+    side = (np.cos(_JAW) < 0).astype(int)
     jaw_x = -width * np.sign(np.cos(_JAW)) * np.abs(np.cos(_JAW)) ** 0.8 - 6 * move[:, CLENCH][:, side] * bulge
     jaw_y = -14 + (108 + person["chin"]) * np.sin(_JAW) ** 0.85 + 2.5 * both[:, [CLENCH]] * np.sin(_JAW) ** 4
     put("jaw", jaw_x, jaw_y)
@@ -347,17 +347,15 @@ def _curves(rng: np.random.Generator, person: dict[str, Any], move: Array, blink
     )
 
     for index, sign in _SIDES:
-        smile, frown, squeeze, clench = move[:, :, index].T[:, :, None]
+        smile, frown, squeeze, _ = move[:, :, index].T[:, :, None]
         brow_x = sign * (60 - 42 * _BROW - 8 * frown * _BROW**1.5)
         brow_y = -46 + person["brow_y"] - 7 * np.sin(np.pi * (0.15 + 0.7 * _BROW)) + 8 * squeeze
-        brow_y = brow_y + frown * (1 + 13 * _BROW**1.5)
+        brow_y = brow_y - 6 * smile + frown * (1 + 13 * _BROW**1.5)
         thick = person["brow_thick"] * (0.35 + 0.65 * _BROW)
-        put(
-            f"brow{index}", np.concatenate([brow_x, brow_x], axis=1), np.concatenate([brow_y, brow_y + thick], axis=1)
-        )
+        put(f"brow{index}", np.concatenate([brow_x, brow_x], axis=1), np.concatenate([brow_y, brow_y + thick], axis=1))
 
         shape = 1 - _LID**2
-        above = _soft(10 + aperture - 9.5 * squeeze)
+        above = _soft(10 + aperture - 9.5 * squeeze - 5 * smile)
         below = _soft(5 - 4.0 * squeeze - 1.5 * smile)
         closed = blink[:, index, None]
         eye_x = sign * (person["eye_gap"] - person["eye_width"] * _LID)
@@ -373,14 +371,14 @@ def _curves(rng: np.random.Generator, person: dict[str, Any], move: Array, blink
         out[:, _STARTS["iris"] + index, 0] = sign * person["eye_gap"] + gaze[:, 0]
         out[:, _STARTS["iris"] + index, 1] = -17 + (below - above)[:, 0] * 0.15 + gaze[:, 1] * 0.5
 
-    lift = -4 * both[:, [SQUEEZE]] - 1.5 * both[:, [SMILE]]
+    lift = -4 * both[:, [SQUEEZE]] - 5 * both[:, [SMILE]]
     flare = 1 + 0.08 * both[:, [SMILE]] + 0.06 * both[:, [SQUEEZE]]
     put("bridge", 0.0, np.array([-14, -3, 8, 19.0]) + lift * np.array([0.3, 0.4, 0.6, 0.8]))
     wing = np.array([-6, -9, -16, -14, -7, 0, 7, 14, 16, 9, 6]) * person["nose"]
     put("nostrils", wing * flare, np.array([-12, 6, 18, 25, 28, 30, 28, 25, 18, 6, -12]) + lift)
 
-    corner_x = 31 + 13 * move[:, SMILE] + 5 * move[:, CLENCH]
-    corner_y = 55 - 17 * move[:, SMILE] + 3 * move[:, CLENCH] + 2 * move[:, FROWN] - 4 * move[:, SQUEEZE]
+    corner_x = 31 + 15 * move[:, SMILE] + 5 * move[:, CLENCH]
+    corner_y = 55 - 20 * move[:, SMILE] + 3 * move[:, CLENCH] + 2 * move[:, FROWN] - 4 * move[:, SQUEEZE]
     gap = _soft(3 + rng.normal(0, 1.5) + 3.5 * both[:, [SMILE]] + 11 * both[:, [CLENCH]])
     middle = 55 - 2 * both[:, [SMILE]]
     red = 8 * person["lips"]
@@ -552,14 +550,9 @@ def make_sample(
     return root
 
 
-def _write_sample(
-    store: Store, config: SampleConfig, workers: int, progress: Callable[[int, int], None]
-) -> None:
+def _write_sample(store: Store, config: SampleConfig, workers: int, progress: Callable[[int, int], None]) -> None:
     severity = severities(config)
-    jobs = [
-        (str(store.root), config, *map(int, place), float(severity[tuple(place)]))
-        for place in np.argwhere(np.ones_like(severity))
-    ]
+    jobs = [(str(store.root), config, *place, float(value)) for place, value in np.ndenumerate(severity)]
     rows: list[CsvRow] = []
     if workers > 1:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

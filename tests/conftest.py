@@ -1,0 +1,47 @@
+"""What all tests share: nothing of the user's is read or written, and a small generated dataset."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qafe.config import Config, override, tiny
+from qafe.data.sample import SampleConfig, make_sample
+
+torch.set_num_threads(1)
+
+QUICK = {
+    "model.segments": 2,
+    "model.segment_frames": 4,
+    "train.epochs": 3,
+    "train.batch_size": 4,
+}
+"""Settings under which a training of the tiny preset takes about a second."""
+QUICK_FLAGS = [flag for name, value in QUICK.items() for flag in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Cache, configuration and tracking store of the test session lie in its temporary folder."""
+    base = tmp_path_factory.mktemp("home")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
+    patch.setenv("XDG_CONFIG_HOME", str(base / "config"))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        patch.delenv(name, raising=False)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sample dataset of 8 training and 3 test patients with 2 short clips of each expression."""
+    config = SampleConfig(train_patients=8, test_patients=3, clips=2, frames=(12, 16))
+    return make_sample(tmp_path_factory.mktemp("data") / "sample", config)
+
+
+@pytest.fixture(scope="session")
+def quick() -> Config:
+    """The tiny preset with clips of 8 frames and 3 epochs."""
+    return override(tiny(), QUICK)

@@ -1,0 +1,144 @@
+"""``python -m qafe`` as a user runs it: results on stdout, one line for a mistake, nothing half-written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qafe.__main__ import main
+from qafe.history import read_history
+from qafe.score import Scorer
+from qafe.store import Store
+
+from .conftest import QUICK_FLAGS
+
+
+@pytest.fixture(scope="module")
+def trained(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "out"
+    flags = ["--data-root", str(sample_root), "--preset", "tiny", "--expression", "smile,frown", "--out", str(out)]
+    assert main(["train", *flags, *QUICK_FLAGS]) == 0
+    return out
+
+
+def test_train_prints_the_published_row(sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data-root", str(sample_root), "--preset", "tiny", "--expression", "frown"]
+    assert main(["train", *flags, *QUICK_FLAGS]) == 0
+    validation, test = capsys.readouterr().out.strip().splitlines()
+    for row, split in ((validation, "validation"), (test, "test")):
+        title, frown, mean = row.split(" | ")
+        assert title == f"QAFE-Net ({split}, Spearman x 100)"
+        assert frown.removeprefix("frown ") == mean.removeprefix("mean ")
+        assert -100 <= float(mean.removeprefix("mean ")) <= 100
+
+
+def test_train_keeps_weights_config_and_history(trained: Path) -> None:
+    assert sorted(path.name for path in trained.iterdir()) == [
+        "config.json",
+        "frown.safetensors",
+        "history.json",
+        "smile.safetensors",
+    ]
+
+
+def test_score_gives_the_number_of_the_runs_own_evaluation(
+    trained: Path, sample_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for expression, entry in read_history(trained).items():
+        assert len(entry.ids) == 4
+        for name, expected in zip(entry.ids, entry.best.predictions, strict=True):
+            patient, video = Store(sample_root).resolve_video(name)
+            clip = sample_root / "frames" / patient / video
+            assert main(["score", str(clip), "--model", str(trained), "--expression", expression, "--json"]) == 0
+            printed = json.loads(capsys.readouterr().out)
+            assert printed["score"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_of_several_expressions_must_be_told_which(trained: Path, sample_root: Path) -> None:
+    scorer = Scorer(trained)
+    assert scorer.expressions == ("frown", "smile")
+    clip = next((sample_root / "frames").glob("*/*"))
+    for_smile, for_frown = scorer.score_clip(clip, "smile"), scorer.score_clip(clip, "frown")
+    assert np.isfinite([for_smile, for_frown]).all()
+    assert for_smile != for_frown
+
+
+def broken_copy(sample_root: Path, target: Path, change: str) -> Path:
+    shutil.copytree(sample_root, target)
+    table = target / "sample_train.csv"
+    lines = table.read_text().splitlines()
+    identity, label, frames, kind = lines[3].split(",")
+    if change == "label":
+        lines[3] = f"{identity},severe,{frames},{kind}"
+    elif change == "count":
+        lines[3] = f"{identity},{label},{int(frames) + 1},{kind}"
+    table.write_text("\n".join(lines) + "\n")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("no root", ["nowhere"]),
+        ("bad row", ["sample_train.csv", "line 4", "severe"]),
+        ("frame count", ["sample_train.csv", "line 4", "frames"]),
+        ("unknown setting", ["model.fusion.layer", "Did you mean model.fusion.layers?"]),
+        ("bad value", ["train.epochs", "whole number"]),
+        ("expression", ["grin", "smile"]),
+        ("used folder", ["must be new or empty"]),
+        ("truncated weights", ["smile.safetensors"]),
+        ("no weights", ["found none"]),
+        ("no frames", ["must hold JPEG frames"]),
+        ("which expression", ["frown, smile", "--expression"]),
+        ("no such scheme", ["s3://"]),
+        ("sample over files", ["new or empty folder"]),
+    ],
+)
+def test_a_mistake_gets_one_line_and_status_2(
+    case: str, words: list[str], trained: Path, sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    train = ["train", "--preset", "tiny", "--out", str(out), *QUICK_FLAGS, "--data-root"]
+    clip = str(next((sample_root / "frames").glob("*/*smile*")))
+    if case == "truncated weights":
+        shutil.copytree(trained, tmp_path / "model")
+        weights = tmp_path / "model" / "smile.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "empty").mkdir()
+    arguments = {
+        "no root": [*train, str(tmp_path / "nowhere")],
+        "bad row": [*train, str(broken_copy(sample_root, tmp_path / "copy", "label"))] if case == "bad row" else [],
+        "frame count": [*train, str(broken_copy(sample_root, tmp_path / "copy", "count"))]
+        if case == "frame count"
+        else [],
+        "unknown setting": [*train, str(sample_root), "--set", "model.fusion.layer=2"],
+        "bad value": [*train, str(sample_root), "--set", "train.epochs=some"],
+        "expression": [*train, str(sample_root), "--expression", "grin"],
+        "used folder": ["train", "--data-root", str(sample_root), "--out", str(trained)],
+        "truncated weights": ["score", clip, "--model", str(tmp_path / "model"), "--expression", "smile"],
+        "no weights": ["score", clip, "--model", str(tmp_path)],
+        "no frames": ["score", str(tmp_path / "empty"), "--model", str(trained), "--expression", "smile"],
+        "which expression": ["score", clip, "--model", str(trained)],
+        "no such scheme": ["score", clip, "--model", "s3://bucket/model"],
+        "sample over files": ["sample", str(trained)],
+    }[case]
+    before = sorted(path.name for path in trained.iterdir())
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+    assert "Traceback" not in printed.err
+    assert not out.exists()
+    assert sorted(path.name for path in trained.iterdir()) == before
+
+
+def test_the_sample_command_prints_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--train-patients", "4", "--test-patients", "2", "--clips", "1"]
+    assert main(["sample", str(tmp_path / "made"), *flags]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "made")
+    assert len(list((tmp_path / "made" / "frames").glob("*/*"))) == 6 * 5

@@ -1,0 +1,202 @@
+import csv
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from qafe import config as configs
+from qafe.config import Config
+from qafe.data.cohort import load_cohort
+from qafe.errors import TrackingError
+from qafe.history import ExpressionHistory, write_history
+from qafe.train import fit
+from tracking.connection import connect, masked, resolve_uri
+from tracking.pseudonyms import key_path, load_key, pseudonym
+from tracking.runs import SweepTracker, main, replay
+
+from .stores import embedded, free_port, server
+
+
+@pytest.fixture(scope="module")
+def checkpoint(sample_root: Path, quick: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trial's last checkpoint, as the sweep leaves it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    part = load_cohort(sample_root, quick.data).only("smile")
+    entry = ExpressionHistory.start(part.validation)
+    for result in fit(quick, part.store, part.train, part.validation):
+        entry.add(result)
+        result.save(folder / "smile")
+    write_history(folder, {"smile": entry})
+    (folder / "config.json").write_text(configs.to_json(quick))
+    return folder
+
+
+def open_tracker(folder: Path, uri: str, sweep: str = "s-1") -> SweepTracker:
+    return SweepTracker(
+        folder / "tracking.jsonl",
+        uri=uri,
+        experiment="study",
+        sweep=sweep,
+        params={"trials": 2, "long": "x" * 2000},
+        tags={"mlflow.source.git.commit": "abc"},
+        dataset=("sample", "d" * 64),
+    )
+
+
+def runs_of(uri: str) -> dict[str, Run]:
+    client = MlflowClient(uri)
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    return {run.info.run_name: run for run in client.search_runs(experiments)}
+
+
+def steps_of(uri: str, run: Run, metric: str = "spearman") -> list[tuple[int, float]]:
+    return [(row.step, row.value) for row in MlflowClient(uri).get_metric_history(run.info.run_id, metric)]
+
+
+def test_a_sweep_becomes_a_parent_and_its_children(tmp_path: Path, checkpoint: Path, sample_root: Path) -> None:
+    uri = embedded(tmp_path)
+    tracker = open_tracker(tmp_path, uri)
+    tracker.trial_started("a", 0, {"train.lr": 0.1})
+    tracker.trial_started("b", 1, {"train.lr": 0.2})
+    for step in (1, 2, 3):
+        tracker.epoch("a", step, {"spearman": step / 10, "lr": 0.1})
+    tracker.epoch("b", 1, {"spearman": -0.5})
+    tracker.trial_ended("a", "finished", folder=checkpoint)
+    tracker.trial_ended("b", "pruned", folder=None, reason="stopped early after epoch 1")
+    tracker.trial_metrics("a", {"test_spearman": 0.25})
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "best_trials.csv").write_text("trial\n0\n")
+    tracker.sweep_files(report, {"best_spearman": 0.3})
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+
+    runs = runs_of(uri)
+    assert sorted(runs) == ["s-1", "s-1-000", "s-1-001"]
+    parent, first, second = runs["s-1"], runs["s-1-000"], runs["s-1-001"]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert first.data.tags["mlflow.parentRunId"] == second.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert second.data.tags["qafe.state"] == "pruned"
+    assert second.data.tags["qafe.reason"] == "stopped early after epoch 1"
+    assert first.data.tags["mlflow.source.git.commit"] == "abc"
+    assert first.data.params == {"train.lr": "0.1"}
+    assert first.inputs.dataset_inputs[0].dataset.name == "sample"
+    assert steps_of(uri, first) == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert first.data.metrics["test_spearman"] == 0.25
+    assert parent.data.metrics == {"best_spearman": 0.3}
+
+    client = MlflowClient(uri)
+    folder = Path(client.download_artifacts(first.info.run_id, "", str(tmp_path)))
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {
+        "config.json",
+        "predictions.csv",
+        "checkpoint/smile.safetensors",
+        "figures/predicted_against_true.png",
+        "figures/spearman_over_epochs.png",
+    } <= names
+    assert configs.from_json((folder / "config.json").read_text())
+    with open(folder / "predictions.csv") as table:
+        rows = list(csv.DictReader(table))
+    history = json.loads((checkpoint / "history.json").read_text())["smile"]
+    key = load_key()
+    assert [row["clip"] for row in rows] == [pseudonym(name, key) for name in history["ids"]]
+    best = history["epochs"][history["best_epoch"] - 1]
+    np.testing.assert_allclose([float(row["prediction"]) for row in rows], best["predictions"], atol=1e-6)
+    text = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".csv", ".json"))
+    assert not [name for name in (*history["ids"], *history["patients"]) if name in text]
+
+
+def test_a_sweep_that_goes_on_finds_its_runs_and_repeats_nothing(tmp_path: Path) -> None:
+    uri = embedded(tmp_path)
+    tracker = open_tracker(tmp_path, uri)
+    tracker.trial_started("a", 0, {"train.lr": 0.1})
+    tracker.epoch("a", 1, {"spearman": 0.1})
+    tracker.epoch("a", 2, {"spearman": 0.2})
+    tracker.trial_ended("a", "killed", folder=None, reason="sweep interrupted")
+    tracker.sweep_ended("killed")
+    assert tracker.close() == 0
+    assert {run.info.status for run in runs_of(uri).values()} == {"KILLED"}
+
+    tracker = open_tracker(tmp_path, uri)
+    tracker.trial_started("a", 0, {"train.lr": 0.1})
+    tracker.epoch("a", 2, {"spearman": 0.2})  # the checkpoint was older than the last report
+    tracker.epoch("a", 3, {"spearman": 0.3})
+    assert tracker.wait_until_sent(60)
+    assert {run.info.status for run in runs_of(uri).values()} == {"RUNNING"}
+    tracker.trial_ended("a", "finished", folder=None)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    runs = runs_of(uri)
+    assert sorted(runs) == ["s-1", "s-1-000"]
+    assert steps_of(uri, runs["s-1-000"]) == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_sending_a_spool_twice_changes_nothing(tmp_path: Path) -> None:
+    uri = embedded(tmp_path)
+    tracker = open_tracker(tmp_path, uri)
+    tracker.trial_started("a", 0, {"train.lr": 0.1})
+    for step in (1, 2):
+        tracker.epoch("a", step, {"spearman": step / 10})
+    tracker.trial_ended("a", "finished", folder=None)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    (tmp_path / "tracking.jsonl.sent").unlink()
+    assert replay(tmp_path / "tracking.jsonl") == 6
+    runs = runs_of(uri)
+    assert sorted(runs) == ["s-1", "s-1-000"]
+    assert steps_of(uri, runs["s-1-000"]) == [(1, 0.1), (2, 0.2)]
+
+
+def test_a_server_that_is_away_costs_no_time_and_no_metric(tmp_path: Path) -> None:
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    tracker = open_tracker(tmp_path, uri)
+    started = time.perf_counter()
+    tracker.trial_started("a", 0, {"train.lr": 0.1})
+    for step in range(1, 101):
+        tracker.epoch("a", step, {"spearman": step / 1000})
+    assert time.perf_counter() - started < 1.0
+    tracker.trial_ended("a", "finished", folder=None)
+    tracker.sweep_ended("finished")
+    assert tracker.close(patience_s=0.5) == 104
+    with server(tmp_path, port):
+        assert main(["replay", str(tmp_path / "tracking.jsonl")]) == 0
+        run = runs_of(uri)["s-1-000"]
+        assert steps_of(uri, run) == [(step, step / 1000) for step in range(1, 101)]
+        assert run.info.status == "FINISHED"
+
+
+def test_the_store_must_answer() -> None:
+    with pytest.raises(TrackingError, match="no answer from http://127"):
+        connect(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(TrackingError):
+        connect("gopher://somewhere")
+
+
+def test_a_spool_must_be_there_to_be_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(tmp_path / "none.jsonl")]) == 2
+    assert capsys.readouterr().err.startswith("error: a spool is a file")
+
+
+def test_uris_are_absolute_and_passwords_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_uri() == embedded(tmp_path)
+    assert resolve_uri("sqlite:///other.db") == embedded(tmp_path).replace("mlflow.db", "other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert resolve_uri() == "http://127.0.0.1:5000"
+    assert masked("postgresql://user:secret@host/db") == "postgresql://user:***@host/db"
+
+
+def test_the_pseudonym_key_stays_the_same_and_private() -> None:
+    key = load_key()
+    assert load_key() == key
+    assert len(key) == 32
+    assert key_path().stat().st_mode & 0o077 == 0
+    assert pseudonym("P01", key) == pseudonym("P01", key) != pseudonym("P02", key)
+    assert pseudonym("P01", key) != pseudonym("P01", b"another key")
