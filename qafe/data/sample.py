@@ -184,7 +184,7 @@ def _person(rng: np.random.Generator) -> dict[str, Any]:
         "chin": rng.uniform(-5, 5),
         "eye_gap": rng.uniform(32, 36),
         "eye_width": rng.uniform(16, 19),
-        "brow_y": rng.uniform(-3, 3),
+        "brow_y": rng.uniform(-2, 2),
         "brow_thick": rng.uniform(5, 8),
         "nose": rng.uniform(0.9, 1.12),
         "lips": rng.uniform(0.85, 1.2),
@@ -224,9 +224,9 @@ def _movement(
 
     # The middle of the movement lies anywhere on the scale, the same for the mild and the severe.
     drawn = 0.5 * person["stance"] + rng.normal(0, 0.85, (4, 1)) + rng.normal(0, 0.16, (4, 2))
-    middle = 0.42 * np.tanh(1.2 * drawn) * (1.0 - MIDDLE_MARGIN * amplitude)
+    middle = 0.38 * np.tanh(1.2 * drawn) * (1.0 - MIDDLE_MARGIN * amplitude)
     if expression:
-        middle[np.arange(4) != expression - 1] *= 0.4
+        middle[np.arange(4) != expression - 1] *= 0.25
     return middle + amplitude * (wave[:, :, None] - 0.5), blink
 
 
@@ -405,9 +405,9 @@ def _curves(rng: np.random.Generator, person: dict[str, Any], move: Array, blink
 def _affine(rng: np.random.Generator, frames: int, points: Array) -> Array:
     """The face's own frame to image px: place, tilt and size of the head, slowly swaying."""
     sway = np.stack([_wander(rng, frames, 0.35) for _ in range(4)], axis=1) - 0.5
-    angle = np.deg2rad(rng.uniform(-2, 2) + 2.5 * sway[:, 0])
-    scale = rng.uniform(0.97, 1.05) * (1 + 0.02 * sway[:, 1])
-    place = np.array([128.0, 126.0]) + rng.uniform(-3, 3, 2) + 3.0 * sway[:, 2:]
+    angle = np.deg2rad(rng.uniform(-1.5, 1.5) + 2.0 * sway[:, 0])
+    scale = rng.uniform(0.98, 1.03) * (1 + 0.015 * sway[:, 1])
+    place = np.array([128.0, 126.0]) + rng.uniform(-2, 2, 2) + 2.5 * sway[:, 2:]
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     turn = np.stack([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)], axis=1)
     return np.asarray(points @ turn + place[:, None])

@@ -1,0 +1,315 @@
+"""Whole sweeps through the command line, with real Ray processes and a real MLflow store."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import psutil
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from qafe.history import read_history
+from qafe.store import Store
+from sweeps.searcher import open_study
+from tests.conftest import QUICK_FLAGS
+from tests.tracking.stores import embedded, free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+class Sweep:
+    """One ``python -m sweeps.run`` in a folder of its own."""
+
+    def __init__(self, folder: Path, data_root: Path, *flags: str) -> None:
+        self.folder = folder
+        self.uri = embedded(folder)
+        self.line = [sys.executable, "-m", "sweeps.run", "fusion_search", "--storage", str(folder), "--name", "s-1"]
+        self.flags = ["--data-root", str(data_root), "--json", str(folder / "summary.json"), *QUICK_FLAGS, *flags]
+        self.log = folder / "sweep.log"
+
+    def start(self, *flags: str) -> subprocess.Popen[bytes]:
+        with open(self.log, "ab") as out:
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            line = [*self.line, *(flags or self.flags)]
+            return subprocess.Popen(line, cwd=self.folder, env=environment, stdout=out, stderr=out)
+
+    def run(self, *flags: str) -> str:
+        process = self.start(*flags)
+        assert process.wait(timeout=400) == 0, self.text
+        return self.text
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def summary(self) -> dict[str, object]:
+        found: dict[str, object] = json.loads((self.folder / "summary.json").read_text())
+        return found
+
+    def runs(self) -> dict[str, Run]:
+        client = MlflowClient(self.uri)
+        experiment = client.get_experiment_by_name("fusion_search")
+        assert experiment is not None
+        return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+    def steps(self, run: Run) -> list[int]:
+        return [row.step for row in MlflowClient(self.uri).get_metric_history(run.info.run_id, "spearman")]
+
+    def wait_for(self, pattern: str, timeout_s: float = 200) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if re.search(pattern, self.text):
+                return
+            time.sleep(0.2)
+        raise AssertionError(f"{pattern} did not come up in {timeout_s} s:\n{self.text}")
+
+    def spooled(self) -> list[dict[str, object]]:
+        spool = self.folder / "s-1" / "tracking.jsonl"
+        return [json.loads(line) for line in spool.read_text().splitlines()] if spool.exists() else []
+
+    def wait_for_epoch(self, step: int, timeout_s: float = 200) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if any(entry["kind"] == "epoch" and entry["step"] == step for entry in self.spooled()):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"no trial reached epoch {step}:\n{self.text}")
+
+
+@pytest.fixture(scope="module")
+def done(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    sweep = Sweep(tmp_path_factory.mktemp("sweep"), sample_root, "--trials", "4", "--expression", "smile,frown")
+    sweep.run()
+    return sweep
+
+
+def test_a_sweep_ends_with_a_table_and_the_next_commands(done: Sweep) -> None:
+    text = done.text
+    assert "best trials of s-1 (smile, frown)" in text
+    assert "the baseline" in text
+    assert "python -m tracking.server" in text
+    assert "python -m tracking.registry register --sweep s-1" in text
+    for title in ("Best trial:", "Luck:", "Test patients:"):
+        assert title in text
+    assert "Traceback" not in text
+
+
+def test_the_summary_agrees_with_the_study_and_with_mlflow(done: Sweep) -> None:
+    summary = done.summary
+    study = open_study(done.folder / "s-1" / "study.journal", "s-1")
+    runs = done.runs()
+    assert len(summary["trials"]) == len(study.trials) == 4
+    assert len(runs) == 5
+    parent = runs["s-1"]
+    for row in summary["trials"]:
+        run = runs[f"s-1-{row['trial']:03d}"]
+        trial = study.trials[row["trial"]]
+        assert run.info.run_id == row["run_id"]
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["qafe.state"] == row["state"] in ("finished", "pruned")
+        assert done.steps(run) == list(range(1, row["epochs"] + 1)) == sorted(trial.intermediate_values)
+        assert run.data.metrics["best_spearman"] == pytest.approx(row["best_spearman"])
+        mean = (run.data.metrics["spearman_smile"] + run.data.metrics["spearman_frown"]) / 2
+        assert run.data.metrics["spearman"] == pytest.approx(mean)
+        for name, value in row["settings"].items():
+            assert run.data.params[name] == str(value)
+        assert run.inputs.dataset_inputs[0].dataset.name == "sample"
+        assert "version.torch" in run.data.tags
+    best = max((row for row in summary["trials"] if row["state"] == "finished"), key=lambda row: row["best_spearman"])
+    assert summary["best"]["trial"] == best["trial"]
+    assert summary["luck"]["max_observed"] == pytest.approx(max(row["best_spearman"] for row in summary["trials"]))
+    assert parent.data.metrics["test_spearman"] == pytest.approx(summary["best"]["test_spearman"])
+    names = {item.path for item in MlflowClient(done.uri).list_artifacts(parent.info.run_id)}
+    assert names == {"best_trials.csv", "importances.json", "report.html", "summary.json"}
+
+
+def test_no_name_or_path_of_the_data_reaches_mlflow(done: Sweep, sample_root: Path) -> None:
+    names = {path.name for path in (sample_root / "frames").glob("*/*")}
+    names |= {str(sample_root), str(done.folder)}
+    assert len(names) > 100
+    client = MlflowClient(done.uri)
+    texts = []
+    for run in done.runs().values():
+        texts += [json.dumps(run.data.params), json.dumps(run.data.tags)]
+        folder = Path(client.download_artifacts(run.info.run_id, ""))
+        texts += [path.read_text() for path in folder.rglob("*") if path.suffix in (".csv", ".json", ".html")]
+    assert len(texts) > 20
+    everything = "\n".join(texts)
+    assert [name for name in names if name in everything] == []
+
+
+def command(done: Sweep, *line: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": done.uri}
+    return subprocess.run([sys.executable, "-m", *line], env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def champion(done: Sweep) -> Sweep:
+    registered = command(done, "tracking.registry", "register", "--sweep", "s-1")
+    assert registered.returncode == 0, registered.stderr
+    assert registered.stdout.strip() == "registered qafe-net version 1"
+    assert command(done, "tracking.registry", "promote", "qafe-net", "1").returncode == 0
+    return done
+
+
+def test_the_registry_lists_the_champion(champion: Sweep) -> None:
+    rows = json.loads(command(champion, "tracking.registry", "list", "--json").stdout)
+    assert [(row["model"], row["version"], row["alias"], row["sweep"]) for row in rows] == [
+        ("qafe-net", 1, "champion", "s-1")
+    ]
+    version = MlflowClient(champion.uri).get_model_version_by_alias("qafe-net", "champion")
+    assert version.tags["trial_run"] == champion.summary["best"]["run_id"]
+
+
+def test_the_champion_scores_as_its_training_run_did(champion: Sweep, sample_root: Path) -> None:
+    best = champion.summary["best"]
+    checkpoint = sorted((champion.folder / "s-1").glob(f"trial_{best['trial']:03d}_*/checkpoint_*"))[-1]
+    history = read_history(checkpoint)
+    rows = []
+    for expression, entry in history.items():
+        for name, expected in zip(entry.ids, entry.best.predictions, strict=True):
+            patient, video = Store(sample_root).resolve_video(name)
+            rows.append((str(sample_root / "frames" / patient / video), expression, expected))
+    assert len(rows) == 8
+    clip, expression, expected = rows[0]
+    printed = command(
+        champion, "qafe", "score", clip, "--model", "models:/qafe-net@champion", "--expression", expression
+    )
+    assert printed.returncode == 0, printed.stderr
+    assert float(printed.stdout.split()[0]) == pytest.approx(expected, abs=1e-5)
+
+    mlflow.set_tracking_uri(champion.uri)
+    model = mlflow.pyfunc.load_model("models:/qafe-net@champion")
+    frame = pd.DataFrame({"clip": [row[0] for row in rows], "expression": [row[1] for row in rows]})
+    assert model.predict(frame)["score"].tolist() == pytest.approx([row[2] for row in rows], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["register", "--sweep", "none-1"], "got 'none-1'"),
+        (["register", "--sweep", "s-1", "--trial", "77"], "no finished trial 77"),
+        (["promote", "qafe-net", "99"], "no version 99"),
+    ],
+)
+def test_registry_mistakes_get_one_line(champion: Sweep, line: list[str], words: str) -> None:
+    refused = command(champion, "tracking.registry", *line)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().startswith("error: ")
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert words in refused.stderr
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Ray's trial workers below a sweep's process."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "train_trial" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_killed_worker_costs_nothing(sample_root: Path, tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, sample_root, "--trials", "2", "--set", "train.epochs=30", "--cpus-per-trial", "1")
+    process = sweep.start()
+    sweep.wait_for_epoch(5)
+    workers = workers_of(process)
+    assert workers
+    os.kill(workers[0].pid, signal.SIGKILL)
+    assert process.wait(timeout=400) == 0, sweep.text
+    assert "lost its worker" in sweep.text
+    summary = sweep.summary
+    assert [row["state"] for row in summary["trials"]].count("failed") == 0
+    assert any(row["state"] == "finished" and row["epochs"] == 30 for row in summary["trials"])
+    for row in summary["trials"]:
+        run = sweep.runs()[f"s-1-{row['trial']:03d}"]
+        assert run.info.status == "FINISHED"
+        assert sweep.steps(run) == list(range(1, row["epochs"] + 1))
+
+
+@pytest.fixture
+def interrupted(sample_root: Path, tmp_path: Path) -> Sweep:
+    sweep = Sweep(tmp_path, sample_root, "--trials", "3", "--set", "train.epochs=12")
+    process = sweep.start()
+    sweep.wait_for_epoch(3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=200) == 130, sweep.text
+    return sweep
+
+
+def test_ctrl_c_closes_the_runs_and_resume_finishes_them(interrupted: Sweep) -> None:
+    sweep = interrupted
+    assert "--resume --name s-1" in sweep.text
+    assert "Traceback" not in sweep.text
+    before = sweep.runs()
+    assert before["s-1"].info.status == "KILLED"
+    assert {run.info.status for run in before.values()} <= {"KILLED", "FINISHED"}
+    assert not (sweep.folder / "summary.json").exists()
+
+    sweep.run("--resume", "--json", str(sweep.folder / "summary.json"))
+    summary, after = sweep.summary, sweep.runs()
+    assert [row["trial"] for row in sorted(summary["trials"], key=lambda row: row["trial"])] == [0, 1, 2]
+    assert sorted(after) == ["s-1", "s-1-000", "s-1-001", "s-1-002"]
+    assert {name: after[name].info.run_id for name in before} == {n: r.info.run_id for n, r in before.items()}
+    assert {run.info.status for run in after.values()} == {"FINISHED"}
+    for row in summary["trials"]:
+        assert sweep.steps(after[f"s-1-{row['trial']:03d}"]) == list(range(1, row["epochs"] + 1))
+    again = sweep.start("--resume")
+    assert again.wait(timeout=100) == 2
+    assert "s-1 is complete" in sweep.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["fusion_serch"], "Did you mean fusion_search"),
+        ([], "a sweep needs a study"),
+        (["fusion_search", "--set", "model.fusion.layer=2"], "Did you mean model.fusion.layers"),
+        (["fusion_search", "--data-root", "nowhere"], "nowhere"),
+        (["fusion_search", "--trials", "0"], "--trials must be greater than 0"),
+        (["fusion_search", "--resume", "--name", "never"], "can be resumed"),
+        (["fusion_search", "--tracking-uri", "SERVER"], "the tracking server must answer"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(
+    flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sweeps.run import main
+
+    monkeypatch.chdir(tmp_path)
+    uri = f"http://127.0.0.1:{free_port()}"
+    flags = [flag.replace("SERVER", uri) for flag in flags]
+    assert main([*flags, "--storage", str(tmp_path / "storage")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert [line for line in printed.err.splitlines() if line.startswith("error: ") and words in line]
+    assert not (tmp_path / "storage").exists()
+
+
+def test_a_used_name_is_refused(done: Sweep, sample_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sweeps.run import main
+
+    flags = ["--name", "s-1", "--storage", str(done.folder), "--tracking-uri", done.uri]
+    assert main(["fusion_search", "--data-root", str(sample_root), *flags]) == 2
+    assert "--resume --name s-1" in capsys.readouterr().err
+
+
+def test_luck_is_found_out_on_shuffled_labels(sample_root: Path, tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, sample_root, "--trials", "3", "--set", "data.shuffle_labels=true")
+    sweep.run()
+    luck = sweep.summary["luck"]
+    assert luck["max_observed"] <= luck["threshold"]
+    assert "NOT beyond" in sweep.text
