@@ -207,10 +207,9 @@ def run_sweep(
         )
         ended = False
         try:
-            checkpoints, running = _tune(plan, study, tracker, resume)
-            if running:
-                for trial in running:
-                    tracker.trial_ended(trial, "killed", folder=checkpoints.get(trial), reason="sweep interrupted")
+            checkpoints = _tune(plan, study, tracker, resume)
+            budget_spent = plan.time_budget_s is not None and time.monotonic() - started >= plan.time_budget_s
+            if _end_running(plan, tracker, checkpoints, budget_spent) and not budget_spent:
                 raise KeyboardInterrupt
             summary = _report(plan, study, cohort, checkpoints, tracker, time.monotonic() - started)
             tracker.sweep_ended("finished")
@@ -238,11 +237,10 @@ def run_sweep(
     return 0
 
 
-def _tune(plan: Plan, study: Study, tracker: Any, resume: bool) -> tuple[dict[str, Path], list[str]]:
-    """Runs the trials; gives each trial's last checkpoint, and the trials that were cut off by Ctrl-C."""
+def _tune(plan: Plan, study: Study, tracker: Any, resume: bool) -> dict[str, Path]:
+    """Runs the trials and gives each trial's last checkpoint."""
     from ray import tune
     from ray.tune import CheckpointConfig, ResumeConfig
-    from ray.tune.experiment import Trial
     from ray.tune.schedulers import AsyncHyperBandScheduler
 
     from .callbacks import TellPeople, TrackTrials, checkpoint_folder
@@ -284,9 +282,26 @@ def _tune(plan: Plan, study: Study, tracker: Any, resume: bool) -> tuple[dict[st
         trial_dirname_creator=_trial_name,
         verbose=0,
     )
-    checkpoints = {trial.trial_id: place for trial in analysis.trials if (place := checkpoint_folder(trial))}
-    running = [trial.trial_id for trial in analysis.trials if trial.status not in (Trial.TERMINATED, Trial.ERROR)]
-    return checkpoints, running
+    return {trial.trial_id: place for trial in analysis.trials if (place := checkpoint_folder(trial))}
+
+
+def _end_running(plan: Plan, tracker: Any, checkpoints: dict[str, Path], budget_spent: bool) -> int:
+    """Closes the trials that Ray Tune left in the middle, and gives their number.
+
+    Ctrl-C leaves them open in the study, for a resumed sweep; a spent time budget ends them.
+    """
+    from .searcher import give_up, open_study, running_trials
+
+    optuna_study = open_study(Path(plan.folder) / JOURNAL_FILE, plan.name)
+    running = running_trials(optuna_study)
+    for trial in running:
+        folder = checkpoints.get(trial)
+        if budget_spent:
+            give_up(optuna_study, trial)
+            tracker.trial_ended(trial, "pruned", folder=folder, reason="the sweep's time budget was spent")
+        else:
+            tracker.trial_ended(trial, "killed", folder=folder, reason="sweep interrupted")
+    return len(running)
 
 
 def _trial_name(trial: Any) -> str:

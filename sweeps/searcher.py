@@ -112,6 +112,22 @@ class StudySearcher(Searcher):
         self._trials = {}
 
 
+def running_trials(study: optuna.Study) -> list[str]:
+    """Ray's ids of the trials that have begun and not ended."""
+    return [
+        frozen.user_attrs[RAY_TRIAL]
+        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        if RAY_TRIAL in frozen.user_attrs
+    ]
+
+
+def give_up(study: optuna.Study, ray_trial: str) -> None:
+    """Tells a running trial as pruned, or as failed where it gave nothing that the sampler could learn from."""
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if frozen.user_attrs.get(RAY_TRIAL) == ray_trial:
+            study.tell(frozen.number, state=TrialState.PRUNED if frozen.intermediate_values else TrialState.FAIL)
+
+
 def open_study(journal: Path, sweep: str, seed: int = 0) -> optuna.Study:
     """The sweep's Optuna study; made if it is not there."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)

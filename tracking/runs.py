@@ -75,9 +75,9 @@ class SweepTracker:
         dataset: tuple[str, str],
     ) -> None:
         self.spool = Spool(spool_path)
-        self._seen: set[tuple[str, int]] = {
-            (entry["trial"], entry["step"]) for entry in self.spool.entries() if entry["kind"] == "epoch"
-        }
+        past = list(self.spool.entries())
+        self._started = {entry["trial"] for entry in past if entry["kind"] == "trial"}
+        self._seen = {(entry["trial"], entry["step"]) for entry in past if entry["kind"] == "epoch"}
         self._sender = Sender(self.spool)
         self._stop = threading.Event()
         self._wake = threading.Event()
@@ -95,6 +95,7 @@ class SweepTracker:
 
     def trial_started(self, trial: str, number: int, params: Mapping[str, Any]) -> None:
         """A trial begins, or goes on after a crash."""
+        self._started.add(trial)
         self._append(kind="trial", trial=trial, number=number, params=_texts(params))
 
     def epoch(self, trial: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -111,7 +112,12 @@ class SweepTracker:
         folder: Path | None,
         reason: str = "",
     ) -> None:
-        """A trial's final state; folder is its last checkpoint, from which artifacts and figures are made."""
+        """A trial's final state; folder is its last checkpoint, from which artifacts and figures are made.
+
+        A trial that was planned and never started has no run to end.
+        """
+        if trial not in self._started:
+            return
         self._append(
             kind="trial_end",
             trial=trial,

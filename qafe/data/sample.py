@@ -6,7 +6,7 @@ downstream can tell from another one.
 
 A clip's score shows in how its face moves and not in how it looks. Higher severity means smaller, slower and more
 uneven movement; where the movement happens (a mouth already wide, an eye half closed, one brow low) is drawn from
-a range as wide as the movement itself, whatever the severity, so one still frame says next to nothing.
+a range of the movement's own size, whatever the severity, so one still frame says next to nothing.
 """
 
 from __future__ import annotations
@@ -321,8 +321,9 @@ def _curves(rng: np.random.Generator, person: dict[str, Any], move: Array, blink
     out = np.zeros((frames, sum(_COUNTS.values()), 2))
     both = move.mean(axis=2)
     gaze = np.stack([_wander(rng, frames, 0.5), _wander(rng, frames, 0.4)], axis=1) * 6 - 3
+    gaze += rng.normal(0, 1.2, 2)
     # Eyes that blink often stand wider open between, so that where the lids are on average gives little away.
-    aperture = person["lid"] + rng.normal(0, 3) + 8 * blink.mean()
+    aperture = person["lid"] + rng.normal(0, 3.5) + 14 * blink.mean()
 
     def put(name: str, x: Any, y: Any) -> None:
         shape = (frames, _COUNTS[name])
@@ -369,7 +370,7 @@ def _curves(rng: np.random.Generator, person: dict[str, Any], move: Array, blink
             np.concatenate([np.array([-17, -31, -31, -17.0]), np.array([-15, -3, -3, -15.0])]),
         )
         out[:, _STARTS["iris"] + index, 0] = sign * person["eye_gap"] + gaze[:, 0]
-        out[:, _STARTS["iris"] + index, 1] = -17 + (below - above)[:, 0] * 0.15 + gaze[:, 1] * 0.5
+        out[:, _STARTS["iris"] + index, 1] = -17 + gaze[:, 1] * 0.5
 
     lift = -4 * both[:, [SQUEEZE]] - 5 * both[:, [SMILE]]
     flare = 1 + 0.08 * both[:, [SMILE]] + 0.06 * both[:, [SQUEEZE]]

@@ -215,7 +215,7 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if "train_trial" in " ".join(child.cmdline()):
+            if child.cmdline()[:1] == ["ray::ImplicitFunc.train"]:
                 found.append(child)
         except psutil.Error:
             continue
@@ -270,6 +270,17 @@ def test_ctrl_c_closes_the_runs_and_resume_finishes_them(interrupted: Sweep) -> 
     again = sweep.start("--resume")
     assert again.wait(timeout=100) == 2
     assert "s-1 is complete" in sweep.text
+
+
+def test_a_spent_time_budget_ends_the_sweep_with_its_report(sample_root: Path, tmp_path: Path) -> None:
+    flags = ("--trials", "50", "--time-budget", "40", "--set", "train.epochs=6")
+    sweep = Sweep(tmp_path, sample_root, *flags)
+    sweep.run()
+    summary = sweep.summary
+    assert 1 <= summary["counts"]["finished"] < 50
+    assert {run.info.status for run in sweep.runs().values()} == {"FINISHED"}
+    study = open_study(tmp_path / "s-1" / "study.journal", "s-1")
+    assert all(trial.state.is_finished() for trial in study.trials)
 
 
 @pytest.mark.parametrize(
