@@ -51,7 +51,9 @@ def _sample(options: argparse.Namespace) -> int:
         test_patients=options.test_patients,
         clips=options.clips,
     )
-    print(make_sample(options.folder, config))
+    with console.progress(f"making the sample dataset in {options.folder}") as progress:
+        folder = make_sample(options.folder, config, progress=progress)
+    print(folder)
     return 0
 
 

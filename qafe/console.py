@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import rich.console
+import rich.progress
 
 from .errors import QafeError
 
@@ -18,6 +22,26 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog=prog, description=description)
     result.add_argument("--debug", action="store_true", help="show the trace of an error, and more of what happens")
     return result
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows long work on stderr: gives a function to call with (done, in all). Plain lines without a terminal."""
+    if not sys.stderr.isatty():
+        print(title, file=sys.stderr, flush=True)
+        said = 0
+
+        def say(done: int, total: int) -> None:
+            nonlocal said
+            if 4 * done // total > said:
+                said = 4 * done // total
+                print(f"  {100 * done // total} %", file=sys.stderr, flush=True)
+
+        yield say
+        return
+    with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -11,8 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -191,9 +191,10 @@ def run_sweep(
             "Start a new sweep."
         )
     started = time.monotonic()
+    clips = _clip_counts(cohort, plan.expressions)
     _say(
-        f"sweep {plan.name}: {plan.trials} trials of {config.preset} on {', '.join(plan.expressions)}, "
-        f"{len(cohort.train)} training, {len(cohort.validation)} validation and {len(cohort.test)} test clips"
+        f"sweep {plan.name}: {plan.trials} trials of {config.preset} on {', '.join(plan.expressions)} "
+        f"({', '.join(f'{count} {part}' for part, count in clips.items())} clips of {plan.data_root})"
     )
     with _ray(address):
         tracker = SweepTracker(
@@ -335,7 +336,7 @@ def _report(
         "data": {
             "name": cohort.manifest.name,
             "digest": plan.data_digest,
-            "clips": {"train": len(cohort.train), "validation": len(cohort.validation), "test": len(cohort.test)},
+            "clips": _clip_counts(cohort, plan.expressions),
         },
         "seconds": round(seconds, 1),
         "counts": {state: sum(row.state == state for row in trials) for state in ("finished", "pruned", "failed")},
@@ -398,8 +399,8 @@ def _print_summary(summary: dict[str, Any], plan: Plan) -> None:
     print(f"Register it:      python -m tracking.registry register --sweep {plan.name}")
 
 
-@contextmanager
-def _ray(address: str | None):  # type: ignore[no-untyped-def]
+@contextlib.contextmanager
+def _ray(address: str | None) -> Iterator[None]:
     """A Ray to run on: the cluster at an address, or one of our own on this machine that listens to nobody else."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -420,15 +421,21 @@ def _ray(address: str | None):  # type: ignore[no-untyped-def]
         ray.shutdown()
 
 
+def _clip_counts(cohort: Cohort, expressions: tuple[str, ...]) -> dict[str, int]:
+    parts = {"training": cohort.train, "validation": cohort.validation, "test": cohort.test}
+    return {name: sum(sample.expression in expressions for sample in part) for name, part in parts.items()}
+
+
 def _sample_root() -> Path:
     """The generated sample dataset under the user's cache folder; made on first use."""
-    from qafe.data.sample import make_sample
+    from qafe.data.sample import VERSION, make_sample
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qafe"
-    root = cache / "sample"
-    if not root.exists():
-        _say(f"making the sample dataset in {root} (once)")
-    return make_sample(root)
+    root = cache / f"sample-{VERSION}"
+    if root.exists():
+        return root
+    with console.progress(f"making the sample dataset in {root} (once)") as progress:
+        return make_sample(root, progress=progress)
 
 
 def _names(storage: Path, study: Study) -> dict[int, str]:
@@ -461,13 +468,13 @@ def _sweep_params(plan: Plan) -> dict[str, Any]:
 
 
 def _source_tags() -> dict[str, str]:
-    """Git commit and versions of what the numbers depend on."""
+    """Git commit (or ``QAFE_SOURCE_COMMIT``, for images without a repository) and versions of the libraries."""
     tags = {f"version.{name}": version(name) for name in ("qafe-net", "torch", "ray", "optuna", "mlflow")}
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    if commit.returncode == 0:
-        tags["mlflow.source.git.commit"] = commit.stdout.strip()
-    return tags
+    commit = os.environ.get("QAFE_SOURCE_COMMIT", "")
+    with contextlib.suppress(OSError):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = commit or subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 def _say(text: str) -> None:
