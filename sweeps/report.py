@@ -322,16 +322,33 @@ def _history_figure(trials: Sequence[TrialSummary]) -> Any:
 def _parallel_coordinates(trials: Sequence[TrialSummary]) -> Any:
     """All trials in one picture, pruned ones too; a setting that a branch does not have is shown as n/a."""
     objective = [row.objective for row in trials]
-    axes = [{"label": OBJECTIVE, "values": objective}]
+    axes: list[dict[str, Any]] = [{"label": OBJECTIVE, "values": objective}]
     for name in dict.fromkeys(name for row in trials for name in row.settings):
         values = [row.settings.get(name) for row in trials]
-        label = name.removeprefix("model.").removeprefix("data.")
-        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-            axes.append({"label": label, "values": values})
-        else:
-            texts = ["n/a" if value is None else str(value) for value in values]
-            levels = sorted(set(texts))
-            places = [levels.index(text) for text in texts]
-            axes.append({"label": label, "values": places, "tickvals": list(range(len(levels))), "ticktext": levels})
+        axes.append({"label": name.removeprefix("model.").removeprefix("data.")} | _axis(values))
     line = {"color": objective, "colorscale": "Viridis", "showscale": True}
-    return go.Figure(go.Parcoords(line=line, dimensions=axes, labelangle=-20))
+    layout = {"height": 560, "margin": {"l": 90, "r": 60, "t": 130, "b": 40}}
+    return go.Figure(go.Parcoords(line=line, dimensions=axes, labelangle=-25, labelside="top"), layout=layout)
+
+
+def _axis(values: Sequence[Any]) -> dict[str, Any]:
+    """Places on a parallel-coordinates axis: numbers as they are with n/a below them, else one level for each text."""
+    given = [value for value in values if value is not None]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in given):
+        if len(given) == len(values):
+            return {"values": values}
+        low, high = min(given), max(given)
+        absent = low - 0.15 * ((high - low) or 1)
+        ticks = [absent, *sorted({low, (low + high) / 2, high})]
+        return {
+            "values": [absent if value is None else value for value in values],
+            "tickvals": ticks,
+            "ticktext": ["n/a", *(f"{tick:.3g}" for tick in ticks[1:])],
+        }
+    texts = ["n/a" if value is None else str(value) for value in values]
+    levels = sorted(set(texts))
+    return {
+        "values": [levels.index(text) for text in texts],
+        "tickvals": list(range(len(levels))),
+        "ticktext": levels,
+    }

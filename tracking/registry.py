@@ -62,6 +62,8 @@ def register(client: MlflowClient, sweep: str, *, model: str = MODEL, trial: int
                 signature=scorer.SIGNATURE,
                 pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
             )
+    # Logging the model has opened and closed the run again: it ended when its trial did.
+    client.set_terminated(best.info.run_id, status=best.info.status, end_time=best.info.end_time)
     tags = {"sweep": sweep, "trial_run": best.info.run_id}
     tags |= {
         name: f"{best.data.metrics[name]:.4f}" for name in (OBJECTIVE, "test_spearman") if name in best.data.metrics

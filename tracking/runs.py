@@ -42,6 +42,8 @@ MLFLOW_STATUS: dict[str, str] = {
     "failed": "FAILED",
     "killed": "KILLED",
 }
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes the MLflow UI open the model training views, not those for language models."""
 LONGEST_VALUE = 500
 
 
@@ -314,7 +316,7 @@ class Sender:
 def _experiment(client: MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
-        return str(client.create_experiment(name))
+        return str(client.create_experiment(name, tags=EXPERIMENT_TAGS))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
