@@ -207,7 +207,7 @@ class HeatmapConfig:
     window_px: int = 5
     """A point is drawn within this many canvas pixels of itself."""
     blur_px: int = 7
-    """Side of the box that the sum is blurred with (odd, at most 7 as published); 0 does not blur."""
+    """Side of the Gaussian kernel that the sum is blurred with, odd; 0 does not blur."""
     points: Points = "all"
     """Which landmarks are drawn: the 73 inner ones, or a group of them."""
     colour: Colour = "jet"

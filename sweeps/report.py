@@ -7,12 +7,7 @@ epoch that was looked at), and its Spearman on test patients that took no part i
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import html
-import itertools
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +15,19 @@ from typing import Any
 
 import numpy as np
 import optuna
-import plotly.graph_objects as go
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import TrialState
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from qafe import config as configs
 from qafe import metrics
-from qafe.data.cohort import load_cohort
+from qafe.data.cohort import Cohort, load_cohort
 from qafe.data.dataset import ClipDataset
 from qafe.errors import CheckpointError
 from qafe.history import History, read_history
 from qafe.model import weights
 from qafe.train import BEST_FILE, pick_device, predict
 
+from .plan import Plan, clip_counts
 from .searcher import OBJECTIVE, RAY_TRIAL
 from .trial import CONFIG_FILE
 
@@ -175,69 +167,6 @@ def validation_interval(checkpoint: Path) -> dict[str, metrics.Interval]:
     }
 
 
-def print_table(summary: Mapping[str, Any], shown: int = 10) -> None:
-    """The best trials, and what to think of them, on stdout."""
-    table = Table(title=f"best trials of {summary['sweep']} ({', '.join(summary['expressions'])})", box=box.SIMPLE)
-    for name in ("trial", "state", "validation Spearman", "epochs", "settings that differ from the baseline"):
-        table.add_column(name, justify="right" if name in ("trial", "validation Spearman", "epochs") else "left")
-    baseline: dict[str, Any] = next((row["settings"] for row in summary["trials"] if row["baseline"]), {})
-    for row in summary["trials"][:shown]:
-        changed = [
-            f"{name.rpartition('.')[2]}={value:.3g}"
-            if isinstance(value, float)
-            else f"{name.rpartition('.')[2]}={value}"
-            for name, value in row["settings"].items()
-            if baseline.get(name) != value
-        ]
-        objective = row[OBJECTIVE]
-        table.add_row(
-            str(row["trial"]),
-            row["state"],
-            "-" if objective is None else f"{objective:.3f}",
-            str(row["epochs"]),
-            "the baseline" if row["baseline"] else " ".join(changed),
-        )
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    for line in verdict(summary):
-        console.print(line, highlight=False, soft_wrap=True)
-
-
-def verdict(summary: Mapping[str, Any]) -> list[str]:
-    """What the numbers allow one to say, in plain sentences."""
-    best, counts = summary["best"], summary["counts"]
-    lines = [
-        f"{sum(counts.values())} trials in {summary['seconds']:.0f} s: "
-        + ", ".join(f"{count} {state}" for state, count in counts.items() if count),
-        f"Best trial:       {best['trial']}, validation Spearman {best[OBJECTIVE]:.3f}"
-        + _intervals(best["validation_interval"]),
-    ]
-    if band := summary["luck"]:
-        beyond = band["max_observed"] > band["threshold"]
-        lines.append(
-            f"Luck:             with nothing to learn the best of these trials and epochs would reach "
-            f"{band['expected_max']:.3f} on average, {band['threshold']:.3f} in 1 sweep of 20 "
-            f"(p = {band['p_value']:.4f}): "
-            + ("the best is beyond that" if beyond else "the best is NOT beyond that; do not trust it")
-        )
-    if best["test_spearman"] is None:
-        lines.append("Test:             no test clips; the validation figure is optimistic")
-    else:
-        lines.append(
-            f"Test patients:    Spearman {best['test_spearman']:.3f}{_intervals(best['test_interval'])}, "
-            "measured once, on patients that took no part in the choice"
-        )
-    return lines
-
-
-def _intervals(found: Mapping[str, Sequence[float]]) -> str:
-    parts = [
-        f"{name} {low:.2f} to {high:.2f}" if high - low < 2 else f"{name}: too few patients to say"
-        for name, (low, high) in found.items()
-    ]
-    return f" (95 % over patients: {', '.join(parts)})" if parts else ""
-
-
 def importances(study: optuna.Study) -> dict[str, float]:
     """PED-ANOVA importance of each setting that every finished trial has; empty with too few trials."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -251,104 +180,46 @@ def importances(study: optuna.Study) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def write_report(
-    folder: Path,
-    study: optuna.Study,
-    trials: Sequence[TrialSummary],
-    summary: Mapping[str, Any],
-) -> None:
-    """Writes the parent run's artifacts: tables, summary and interactive plots. No name of a patient is in them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "best_trials.csv", "w", newline="") as out:
-        csv.writer(out).writerows(_table(trials))
-    (folder / "importances.json").write_text(json.dumps(importances(study), indent=2))
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-    _write_page(folder / "report.html", study, trials, summary)
-
-
-def _table(trials: Sequence[TrialSummary]) -> list[list[Any]]:
-    names = list(dict.fromkeys(name for row in trials for name in row.settings))
-    table: list[list[Any]] = [["trial", "state", OBJECTIVE, "epochs", "baseline", *names]]
-    for row in trials:
-        objective = "" if row.objective is None else f"{row.objective:.4f}"
-        cells = [row.settings.get(name, "") for name in names]
-        rounded = [f"{cell:.4g}" if isinstance(cell, float) else cell for cell in cells]
-        table.append([row.number, row.state, objective, row.epochs, row.baseline, *rounded])
-    return table
-
-
-def _write_page(path: Path, study: optuna.Study, trials: Sequence[TrialSummary], summary: Mapping[str, Any]) -> None:
-    """One page for people, with everything inside it: verdict, plots, table."""
-    plots = {"Trials": _history_figure(trials)}
-    if found := importances(study):
-        bars = go.Bar(x=list(found.values())[::-1], y=list(found)[::-1], orientation="h")
-        plots["Importance of each setting (PED-ANOVA)"] = go.Figure(bars, layout={"margin": {"l": 220, "t": 20}})
-    scored = [row for row in trials if row.objective is not None]
-    if len(scored) >= 2:
-        plots["Parallel coordinates"] = _parallel_coordinates(scored)
-    sections = []
-    for number, (title, figure) in enumerate(plots.items()):
-        body = figure.to_html(full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False})
-        sections.append(f"<h2>{html.escape(title)}</h2>{body}")
-    sentences = "".join(f"<p>{html.escape(line)}</p>" for line in verdict(summary))
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in _table(trials)
-    )
-    path.write_text(
-        "<!doctype html><meta charset='utf-8'><title>" + html.escape(summary["sweep"]) + "</title><style>"
-        "body{font:14px system-ui,sans-serif;margin:2em;max-width:1200px}"
-        "td{padding:.2em .6em;border-top:1px solid #ddd}"
-        "tr:first-child{font-weight:bold}table{border-collapse:collapse;font-size:12px}</style>"
-        f"<h1>{html.escape(summary['sweep'])}</h1>{sentences}{''.join(sections)}"
-        f"<h2>All trials</h2><table>{rows}</table>"
-    )
-
-
-def _history_figure(trials: Sequence[TrialSummary]) -> Any:
-    figure = go.Figure(layout={"title": "trials in the order they were asked for", "xaxis_title": "trial",
-                               "yaxis_title": OBJECTIVE})  # fmt: skip
-    ordered = sorted((row for row in trials if row.objective is not None), key=lambda row: row.number)
-    for state in ("finished", "pruned", "failed"):
-        rows = [row for row in ordered if row.state == state]
-        if rows:
-            x, y = [row.number for row in rows], [row.objective for row in rows]
-            figure.add_trace(go.Scatter(x=x, y=y, mode="markers", name=state))
-    finished = [row for row in ordered if row.state == "finished"]
-    best = list(itertools.accumulate((row.objective or 0.0 for row in finished), max))
-    figure.add_trace(go.Scatter(x=[row.number for row in finished], y=best, mode="lines", name="best so far"))
-    return figure
-
-
-def _parallel_coordinates(trials: Sequence[TrialSummary]) -> Any:
-    """All trials in one picture, pruned ones too; a setting that a branch does not have is shown as n/a."""
-    objective = [row.objective for row in trials]
-    axes: list[dict[str, Any]] = [{"label": OBJECTIVE, "values": objective}]
-    for name in dict.fromkeys(name for row in trials for name in row.settings):
-        values = [row.settings.get(name) for row in trials]
-        axes.append({"label": name.removeprefix("model.").removeprefix("data.")} | _axis(values))
-    line = {"color": objective, "colorscale": "Viridis", "showscale": True}
-    layout = {"height": 560, "margin": {"l": 90, "r": 60, "t": 130, "b": 40}}
-    return go.Figure(go.Parcoords(line=line, dimensions=axes, labelangle=-25, labelside="top"), layout=layout)
-
-
-def _axis(values: Sequence[Any]) -> dict[str, Any]:
-    """Places on a parallel-coordinates axis: numbers as they are with n/a below them, else one level for each text."""
-    given = [value for value in values if value is not None]
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in given):
-        if len(given) == len(values):
-            return {"values": values}
-        low, high = min(given), max(given)
-        absent = low - 0.15 * ((high - low) or 1)
-        ticks = [absent, *sorted({low, (low + high) / 2, high})]
-        return {
-            "values": [absent if value is None else value for value in values],
-            "tickvals": ticks,
-            "ticktext": ["n/a", *(f"{tick:.3g}" for tick in ticks[1:])],
-        }
-    texts = ["n/a" if value is None else str(value) for value in values]
-    levels = sorted(set(texts))
+def sum_up(
+    plan: Plan, cohort: Cohort, trials: Sequence[TrialSummary], best: TrialSummary, seconds: float
+) -> dict[str, Any]:
+    """The sweep as one JSON object: for ``--json``, the report and the tracker."""
+    assert best.checkpoint is not None
+    test = test_best(best.checkpoint, plan.data_root, plan.expressions, plan.gpus_per_trial)
+    band = luck(trials)
     return {
-        "values": [levels.index(text) for text in texts],
-        "tickvals": list(range(len(levels))),
-        "ticktext": levels,
+        "sweep": plan.name,
+        "study": plan.study,
+        "expressions": list(plan.expressions),
+        "preset": configs.from_json(plan.config_json).preset,
+        "data": {
+            "name": cohort.manifest.name,
+            "digest": plan.data_digest,
+            "clips": clip_counts(cohort, plan.expressions),
+        },
+        "seconds": round(seconds, 1),
+        "counts": {state: sum(row.state == state for row in trials) for state in ("finished", "pruned", "failed")},
+        "best": {
+            "trial": best.number,
+            "run_id": best.run_id,
+            OBJECTIVE: best.objective,
+            "validation_interval": validation_interval(best.checkpoint),
+            "test_spearman": test.mean if test else None,
+            "test_spearman_by_expression": test.spearman if test else {},
+            "test_interval": test.interval if test else {},
+            "settings": best.settings,
+        },
+        "luck": band._asdict() if band else None,
+        "trials": [
+            {
+                "trial": row.number,
+                "state": row.state,
+                OBJECTIVE: row.objective,
+                "epochs": row.epochs,
+                "baseline": row.baseline,
+                "run_id": row.run_id,
+                "settings": row.settings,
+            }
+            for row in trials
+        ],
     }

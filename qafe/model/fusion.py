@@ -5,6 +5,7 @@ search compares what lies between: project each stream to one width, add the lea
 meet (`meet`, the part that differs), mix the tokens.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -18,7 +19,7 @@ from ..errors import ConfigError
 from .transformer import init_linear
 
 
-class Fusion(nn.Module):
+class Fusion(nn.Module, ABC):
     """What all fusions share; a subclass says in `meet` how the streams meet.
 
     Source: arXiv:2312.00856, section 3. Differs: streams of any width and number of segments are accepted, either
@@ -55,9 +56,9 @@ class Fusion(nn.Module):
         mixed: Tensor = self.mixer(tokens)
         return mixed
 
+    @abstractmethod
     def meet(self, rgb: Float[Tensor, "B S D"], heatmap: Float[Tensor, "B S D"]) -> Float[Tensor, "B N D"]:
         """The one step that a kind of fusion defines."""
-        raise NotImplementedError
 
 
 class ConcatFusion(Fusion):
