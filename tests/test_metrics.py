@@ -224,3 +224,18 @@ def test_luck_band_of_a_large_sweep_is_quick() -> None:
     start = time.perf_counter()
     metrics.luck_band(rng.normal(size=(4000, len(target))), target, group)
     assert time.perf_counter() - start < 20
+
+
+def test_each_trial_keeps_its_best_epoch() -> None:
+    rng = np.random.default_rng(4)
+    target, groups = rng.integers(0, 5, 24).astype(float), np.repeat(np.arange(6), 4)
+    table = rng.normal(size=(3, 5, 24))  # 3 trials of 5 epochs
+    by_epoch = metrics.luck_band(table, target, groups, permutations=300)
+    flat = metrics.luck_band(table.reshape(15, 24), target, groups, permutations=300)
+    assert by_epoch == flat  # with one expression, the best of the bests is the best of all
+    both = metrics.luck_band({"smile": (table, target, groups), "frown": (-table, target, groups)}, permutations=300)
+    best = [
+        np.mean([max(metrics.spearman(row, target) for row in sign * trial) for sign in (1, -1)]) for trial in table
+    ]  # every expression has its own best epoch
+    assert both.max_observed == pytest.approx(max(best))
+    assert both.threshold >= both.expected_max > 0

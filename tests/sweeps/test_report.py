@@ -1,0 +1,132 @@
+"""What a sweep says about its trials, from studies and histories made by hand."""
+
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState, create_trial
+
+from qafe.history import Epoch, ExpressionHistory, write_history
+from sweeps import page, report
+from sweeps.searcher import OBJECTIVE, RAY_TRIAL
+
+SPACE = {"x": FloatDistribution(0, 1), "kind": CategoricalDistribution(["a", "b"])}
+
+
+def study_of(values: list[tuple[TrialState, float]]) -> optuna.Study:
+    """A study whose objective is x."""
+    study = optuna.create_study(direction="maximize")
+    for number, (state, value) in enumerate(values):
+        study.add_trial(
+            create_trial(
+                state=state,
+                value=value if state == TrialState.COMPLETE else None,
+                params={"x": value, "kind": "ab"[number % 2]},
+                distributions=SPACE,
+                intermediate_values={1: value / 2, 2: value},
+                user_attrs={RAY_TRIAL: f"t{number}", "baseline": number == 0},
+            )
+        )
+    return study
+
+
+def history_in(folder: Path, predictions: list[list[float]], target: list[float], patients: list[str]) -> Path:
+    folder.mkdir(parents=True)
+    entry = ExpressionHistory(ids=[f"c{i}" for i in range(len(target))], patients=patients, target=target)
+    for number, row in enumerate(predictions, start=1):
+        entry.epochs.append(Epoch(epoch=number, train_loss=1.0, metrics={"spearman": 0.0}, predictions=row))
+    entry.best_epoch = 1
+    write_history(folder, {"smile": entry})
+    return folder
+
+
+def test_trials_are_ordered_and_only_finished_ones_win(tmp_path: Path) -> None:
+    study = study_of([(TrialState.COMPLETE, 0.3), (TrialState.PRUNED, 0.9), (TrialState.COMPLETE, 0.5)])
+    checkpoints = {"t0": tmp_path, "t1": tmp_path, "t2": tmp_path}
+    trials = report.summarise(study, checkpoints, {"t2": "run"})
+    assert [(row.number, row.state, row.objective) for row in trials] == [
+        (1, "pruned", 0.9),
+        (2, "finished", 0.5),
+        (0, "finished", 0.3),
+    ]
+    assert [row.baseline for row in trials] == [False, False, True]
+    best = report.best_trial(trials)
+    assert best is not None
+    assert (best.number, best.run_id, best.epochs) == (2, "run", 2)
+    assert report.best_trial(report.summarise(study, {}, {})) is None
+
+
+def test_importances_find_what_matters() -> None:
+    values = [(TrialState.COMPLETE, number / 20) for number in range(20)]
+    found = report.importances(study_of(values))
+    assert set(found) == {"x", "kind"}
+    assert found["x"] > found["kind"]
+    assert report.importances(study_of(values[:3])) == {}
+
+
+def test_luck_counts_every_epoch_of_every_trial(tmp_path: Path) -> None:
+    target = [0.0, 1, 2, 3, 4, 0, 1, 2]
+    patients = ["p1", "p1", "p2", "p2", "p3", "p3", "p4", "p4"]
+    right, wrong = target, [-value for value in target]
+    study = study_of([(TrialState.COMPLETE, 0.3), (TrialState.PRUNED, 0.2)])
+    folders = {
+        "t0": history_in(tmp_path / "0", [wrong, wrong, right], target, patients),
+        "t1": history_in(tmp_path / "1", [wrong], target, patients),
+    }
+    trials = report.summarise(study, folders, {})
+    band = report.luck(trials)
+    assert band is not None
+    assert band.max_observed == pytest.approx(1)
+    assert report.luck(report.summarise(study, {"t0": tmp_path / "none"}, {})) is None
+
+
+def summary_with(observed: float, threshold: float, test: float | None) -> dict[str, object]:
+    return {
+        "sweep": "s-1",
+        "expressions": ["smile"],
+        "seconds": 12.0,
+        "counts": {"finished": 2, "pruned": 0, "failed": 0},
+        "best": {
+            "trial": 1,
+            OBJECTIVE: observed,
+            "validation_interval": {"smile": (0.1, 0.7)},
+            "test_spearman": test,
+            "test_interval": {"smile": (-1.0, 1.0)} if test is not None else {},
+        },
+        "luck": {"max_observed": observed, "threshold": threshold, "expected_max": 0.2, "p_value": 0.5},
+        "trials": [],
+    }
+
+
+def test_the_verdict_trusts_only_what_is_beyond_luck() -> None:
+    beyond = "\n".join(page.verdict(summary_with(0.6, 0.5, 0.4)))
+    assert "the best is beyond that" in beyond
+    assert "Spearman 0.400 (95 % over patients: smile: too few patients to say)" in beyond
+    assert "smile 0.10 to 0.70" in beyond
+    within = "\n".join(page.verdict(summary_with(0.5, 0.5, None)))
+    assert "NOT beyond" in within
+    assert "no test clips" in within
+
+
+def test_the_report_is_one_page_and_files_for_programs(tmp_path: Path) -> None:
+    study = study_of([(TrialState.COMPLETE, 0.3), (TrialState.PRUNED, 0.1)])
+    trials = report.summarise(study, {}, {})
+    page.write_report(tmp_path / "report", trials, {"x": 0.75}, summary_with(0.6, 0.5, 0.4))
+    text = (tmp_path / "report" / "report.html").read_text()
+    for title in ("Importance of each setting", "Parallel coordinates", "All trials", "Luck:"):
+        assert title in text
+    assert "src=" not in text.partition("<script")[0]
+    assert json.loads((tmp_path / "report" / "importances.json").read_text()) == {"x": 0.75}
+    rows = (tmp_path / "report" / "best_trials.csv").read_text().splitlines()
+    assert rows[0] == f"trial,state,{OBJECTIVE},epochs,baseline,x,kind"
+    assert rows[1] == "0,finished,0.3000,2,True,0.3,a"
+
+
+def test_absent_settings_get_their_own_place_on_an_axis() -> None:
+    axis = page._axis([0.0, None, 1.0])
+    assert axis["ticktext"][0] == "n/a"
+    assert axis["values"] == [0.0, pytest.approx(-0.15), 1.0]
+    assert page._axis(["b", None, "a"])["ticktext"] == ["a", "b", "n/a"]
+    assert page._axis([1, 2]) == {"values": [1, 2]}
