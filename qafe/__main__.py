@@ -18,6 +18,7 @@ from . import config as configs
 from . import console, metrics
 from .config import EXPRESSIONS, PRESETS
 from .data.cohort import choose_expressions, load_cohort
+from .data.sample import SampleConfig, make_sample
 from .errors import CheckpointError, ConfigError
 from .history import ExpressionHistory, History, write_history
 
@@ -35,24 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     sub = commands.add_parser("sample", help="make the generated sample dataset")
     sub.add_argument("folder", type=Path, help="where to make it; must not exist or be empty")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--train-patients", type=int, default=30)
-    sub.add_argument("--test-patients", type=int, default=10)
-    sub.add_argument("--clips", type=int, default=4, help="of each expression and patient (default: 4)")
+    usual = SampleConfig()
+    sub.add_argument("--seed", type=int, default=usual.seed, help="(default: %(default)s)")
+    sub.add_argument("--train-patients", type=int, default=usual.train_patients, help="(default: %(default)s)")
+    sub.add_argument("--test-patients", type=int, default=usual.test_patients, help="(default: %(default)s)")
+    sub.add_argument(
+        "--clips", type=int, default=usual.clips, help="of each expression and patient (default: %(default)s)"
+    )
     sub.set_defaults(run=_sample)
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from .data.sample import SampleConfig, make_sample
-
     config = SampleConfig(
         seed=options.seed,
         train_patients=options.train_patients,
         test_patients=options.test_patients,
         clips=options.clips,
     )
-    with console.progress(f"making the sample dataset in {options.folder}") as progress:
-        folder = make_sample(options.folder, config, progress=progress)
+    try:
+        with console.progress(f"making the sample dataset in {options.folder}") as progress:
+            folder = make_sample(options.folder, config, progress=progress)
+    except OSError as err:
+        raise _unwritable(options.folder, err) from err
     print(folder)
     return 0
 
@@ -84,14 +89,20 @@ def _train(options: argparse.Namespace) -> int:
             part = cohort.only(expression)
             entry = history[expression] = ExpressionHistory.start(part.validation)
             result = None
-            for result in fit(config, part.store, part.train, part.validation, device=device):
-                entry.add(result)
-                print(
-                    f"{expression} epoch {result.epoch}/{config.train.epochs}: loss {result.train_loss:.4f}, "
-                    f"validation Spearman {result.metrics['spearman']:.3f} (best {result.best_spearman:.3f} in epoch "
-                    f"{result.best_epoch}), MAE {result.metrics['mae']:.3f}, {result.seconds:.1f} s",
-                    file=sys.stderr,
-                )
+            try:
+                for result in fit(config, part.store, part.train, part.validation, device=device):
+                    entry.add(result)
+                    print(
+                        f"{expression} epoch {result.epoch}/{config.train.epochs}: loss {result.train_loss:.4f}, "
+                        f"validation Spearman {result.metrics['spearman']:.3f} (best {result.best_spearman:.3f} in "
+                        f"epoch {result.best_epoch}), MAE {result.metrics['mae']:.3f}, {result.seconds:.1f} s",
+                        file=sys.stderr,
+                    )
+            except FloatingPointError as err:
+                raise ConfigError(
+                    f"the training loss must stay finite: {err} of {expression}, with train.lr={config.train.lr:g}. "
+                    f"Set train.lr={config.train.lr / 10:g} or train.clip_norm=1."
+                ) from err
             assert result is not None
             result.save(folder / expression)
             (folder / expression / BEST_FILE).rename(folder / (expression + SUFFIX))
@@ -117,15 +128,30 @@ def _published_row(history: History, split: str, spearman: dict[str, float]) -> 
 
 @contextlib.contextmanager
 def _output_folder(wanted: Path | None) -> Iterator[Path]:
-    """The folder to write to; a temporary one where none was asked for."""
+    """A folder to write to, whose content is moved to the wanted one when all went well; else nothing is kept."""
     if wanted is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
         return
-    if wanted.exists() and any(wanted.iterdir()):
+    wanted = wanted.absolute()
+    if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
         raise ConfigError(f"the output folder must be new or empty, got {wanted} (--out). Name another.")
-    wanted.mkdir(parents=True, exist_ok=True)
-    yield wanted
+    # A folder that is there may be a mounted volume, and then nothing beside it is on the same disk.
+    place = wanted if wanted.is_dir() else wanted.parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(prefix=f".{wanted.name}.", dir=place)
+    except OSError as err:
+        raise _unwritable(wanted, err) from err
+    with beside as name:
+        yield Path(name)
+        wanted.mkdir(exist_ok=True)
+        for path in Path(name).iterdir():
+            path.rename(wanted / path.name)
+
+
+def _unwritable(folder: Path, err: OSError) -> ConfigError:
+    return ConfigError(f"the folder must be one that can be written, got {folder} ({err.strerror}). Name another.")
 
 
 def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

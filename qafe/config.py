@@ -46,6 +46,11 @@ def _require_above(low: float, **values: float) -> None:
         _require(value > low, f"{name} must be greater than {low:g}, got {value:g}. Set a larger value.")
 
 
+def _require_at_least(low: float, **values: float) -> None:
+    for name, value in values.items():
+        _require(value >= low, f"{name} must be at least {low:g}, got {value:g}. Set {name}={low:g} or more.")
+
+
 def _require_fraction(**values: float) -> None:
     for name, value in values.items():
         _require(0 <= value < 1, f"{name} must lie in [0, 1), got {value:g}. Set e.g. {name}=0.1.")
@@ -84,6 +89,9 @@ class RGBEncoderConfig:
                 "model.rgb.temporal_mlp": self.temporal_mlp,
             },
         )
+        _require_at_least(
+            0, **{"model.rgb.spatial_depth": self.spatial_depth, "model.rgb.temporal_depth": self.temporal_depth}
+        )
         for name, dim, heads in (
             ("spatial", 4 * self.width, self.spatial_heads),
             ("temporal", 8 * self.width, self.temporal_heads),
@@ -115,10 +123,7 @@ class HeatmapEncoderConfig:
     """What the 17-channel stem of the pose file becomes: left random as published, or its mean or sum."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.size_px >= 8,
-            f"the heatmap side must be at least 8, got {self.size_px} (model.heatmap.size_px). Set 56.",
-        )
+        _require_at_least(8, **{"model.heatmap.size_px": self.size_px})
         _require_above(0, **{"model.heatmap.width": self.width})
         _require(
             len(self.blocks) >= 1 and all(count >= 1 for count in self.blocks),
@@ -189,6 +194,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_above(0, **{"model.segments": self.segments, "model.segment_frames": self.segment_frames})
+        _require(
+            all(width >= 1 for width in self.head_widths),
+            f"every hidden layer needs at least one value, got {self.head_widths} (model.head_widths). Set [256,128].",
+        )
 
     @property
     def clip_frames(self) -> int:
@@ -217,13 +226,15 @@ class HeatmapConfig:
 
     def __post_init__(self) -> None:
         _require_above(0, **{"data.heatmap.canvas_px": self.canvas_px, "data.heatmap.sigma_px": self.sigma_px})
-        _require(
-            self.window_px >= 1,
-            f"data.heatmap.window_px must be at least 1, got {self.window_px}. Set data.heatmap.window_px=5.",
-        )
+        _require_at_least(1, **{"data.heatmap.window_px": self.window_px})
         _require(
             self.blur_px in (0, 1, 3, 5, 7, 9, 11, 13, 15),
             f"data.heatmap.blur_px must be 0 or odd and at most 15, got {self.blur_px}. Set data.heatmap.blur_px=7.",
+        )
+        _require(
+            self.canvas_px > self.blur_px,
+            f"data.heatmap.canvas_px must be greater than data.heatmap.blur_px={self.blur_px}, got {self.canvas_px}. "
+            "Set data.heatmap.canvas_px=256.",
         )
 
     @property
@@ -268,7 +279,8 @@ class DataConfig:
     shuffle_labels: bool = False
     """Give every clip another clip's score: what a study reports when there is nothing to learn."""
     memory_mb: int = 2048
-    """Decoded frames kept in memory by one process, in MiB; 0 keeps none."""
+    """Decoded frames kept in memory, in MiB, shared out among the workers of a loader (a run has one for training
+    and one for validation); 0 keeps none."""
     workers: int = 4
     """Processes that read clips beside the training process; 0 reads in it."""
     heatmap: HeatmapConfig = field(default_factory=HeatmapConfig)
@@ -281,8 +293,14 @@ class DataConfig:
             f"data.validation_fraction must lie between 0 and 1, got {self.validation_fraction:g}. "
             "Set data.validation_fraction=0.25.",
         )
-        _require(self.memory_mb >= 0, f"data.memory_mb must not be negative, got {self.memory_mb}. Set 0.")
-        _require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}. Set 0.")
+        _require_at_least(
+            0,
+            **{
+                "data.split_seed": self.split_seed,
+                "data.memory_mb": self.memory_mb,
+                "data.workers": self.workers,
+            },
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,10 +343,21 @@ class TrainConfig:
                 "train.accumulate": self.accumulate,
                 "train.lr": self.lr,
                 "train.step_epochs": self.step_epochs,
+                "train.step_factor": self.step_factor,
                 "train.noise_sigma": self.noise_sigma,
                 "train.huber_delta": self.huber_delta,
             },
         )
+        _require_at_least(
+            0,
+            **{
+                "train.weight_decay": self.weight_decay,
+                "train.warmup_epochs": self.warmup_epochs,
+                "train.clip_norm": self.clip_norm,
+                "train.seed": self.seed,
+            },
+        )
+        _require_fraction(**{"train.momentum": self.momentum})
         _require(
             self.loss != "bmc" or self.batch_size >= 2,
             "batch_size must be at least 2 for loss='bmc' (one sample always gives zero loss), "

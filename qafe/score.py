@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from .config import Config
-from .data.dataset import ClipDataset, load_clip, model_inputs
+from .data.dataset import ClipDataset, load_clip
 from .data.manifest import Sample
 from .errors import CheckpointError, ConfigError
 from .model import weights
 from .model.qafenet import QAFENet
 from .store import Store
-from .train import predict
+from .train import predict, score_batch
 
 SUFFIX = ".safetensors"
 
@@ -57,7 +57,6 @@ class Scorer:
             )
         return self.models[expression]
 
-    @torch.inference_mode()
     def score_clip(self, folder: Path | str, expression: str | None = None) -> float:
         """The score of one prepared clip, ``frames/<patient>/<video>`` of a prepared dataset.
 
@@ -67,8 +66,8 @@ class Scorer:
         """
         model, config = self._model_for(expression)
         store, patient, video = Store.of_clip(Path(folder))
-        batch = load_clip(store, patient, video, config).to(self.device)
-        return float(model(*model_inputs(batch, config)).double().item())
+        batch = load_clip(store, patient, video, config)
+        return float(score_batch(model, batch, config, self.device).item())
 
     def score_samples(self, store: Store, samples: Sequence[Sample]) -> np.ndarray:
         """Scores [N] of samples of one expression, batch by batch."""

@@ -131,9 +131,12 @@ class Store:
             raise ManifestError(
                 f"an id must be <video>_<patient>, got {video_id!r} (id). Rename it, e.g. clip00001a_P01."
             )
-        if self._frames_folder(patient, stem).is_dir():
-            return patient, stem
-        return patient, video_id[:_PUBLISHED_VIDEO_LENGTH]
+        filed = (
+            self._frames_folder(patient, stem).is_dir()
+            or self.has_landmarks(patient, stem)
+            or self._heatmaps_folder(patient, stem).is_dir()
+        )
+        return patient, stem if filed else video_id[:_PUBLISHED_VIDEO_LENGTH]
 
     def frame_paths(self, patient: str, video: str) -> list[Path]:
         """The JPEG frames of a video in natural order (``img_2`` before ``img_10``).

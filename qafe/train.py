@@ -12,7 +12,7 @@ import dataclasses
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from . import config as configs
 from . import metrics
 from .config import Config, TrainConfig
-from .data.dataset import ClipDataset, collate, model_inputs
+from .data.dataset import Clip, ClipBatch, ClipDataset, collate, model_inputs
 from .data.manifest import Sample
-from .errors import CheckpointError, ConfigError, ManifestError
+from .errors import CheckpointError, ConfigError, ManifestError, QafeError
 from .losses import build_loss
 from .model import weights
 from .model.qafenet import QAFENet, build
@@ -96,6 +96,8 @@ def fit(
 
     Input is checked, and a checkpoint read, before the first epoch is asked for.
 
+    Loader processes (``data.workers``) start with the first epoch and end with the generator.
+
     Every random draw of an epoch comes from ``(train.seed, epoch)``, so a run that resumes from the folder that
     `EpochResult.save` wrote gives the same numbers as one that never stopped.
 
@@ -106,6 +108,7 @@ def fit(
         ManifestError: too few samples to train or to validate on.
         CheckpointError: the folder holds another run's state, or a damaged one.
         ConfigError: a setting does not fit the data.
+        MediaError: (from the generator) a frame cannot be read.
         FloatingPointError: (from the generator) the training loss is not finite.
     """
     if len(train) < 2 or len(validation) < 3:
@@ -152,19 +155,26 @@ class _Run:
         self.best = self.model
 
     def epochs(self) -> Iterator[EpochResult]:
+        # The loaders belong to this generator alone: an `EpochResult` that is kept must not keep their workers.
+        batches: list[list[int]] = []
+        training = _loader(self.train_set, batches, self.config, self.device)
+        validation = _evaluation_loader(self.validation_set, self.config, self.device)
         while self.epoch < self.config.train.epochs:
-            yield self._next_epoch()
+            yield self._next_epoch(batches, training, validation)
 
-    def _next_epoch(self) -> EpochResult:
+    def _next_epoch(
+        self, batches: list[list[int]], training: DataLoader[Clip], validation: DataLoader[Clip]
+    ) -> EpochResult:
         started = time.perf_counter()
         self.epoch += 1
         lr = self.optimizer.param_groups[0]["lr"]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with _seeded(self.config.train.seed, self.epoch, self.device):
-            train_loss = self._train_epoch()
+            batches[:] = epoch_batches(len(self.train_set), self.config.train.batch_size)
+            train_loss = self._train_epoch(training)
         trained = time.perf_counter()
-        predictions = predict(self.model, self.validation_set, self.config, self.device)
+        predictions = _scores(self.model, validation, self.config, self.device)
         values = metrics.evaluate(predictions, self.target)
         key = (values["spearman"], -values["mae"])
         if key > self.best_key:
@@ -184,29 +194,26 @@ class _Run:
             save=self.save,
         )
 
-    def _train_epoch(self) -> float:
+    def _train_epoch(self, loader: DataLoader[Clip]) -> float:
         settings = self.config.train
         self.model.train()
         self.train_set.set_epoch(self.epoch)
-        batches = epoch_batches(len(self.train_set), settings.batch_size)
-        loader = DataLoader(
-            self.train_set, batch_sampler=batches, collate_fn=collate, num_workers=self.config.data.workers
-        )
+        batches = len(loader)
         total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(loader, start=1):
+        for number, batch in enumerate(_read(loader), start=1):
             batch = batch.to(self.device)
             rgb, heatmap = model_inputs(batch, self.config)
             with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
                 prediction = self.model(rgb, heatmap)
             loss = self.loss(prediction.float(), batch.score)
-            last_group = (number - 1) // settings.accumulate == (len(batches) - 1) // settings.accumulate
-            share = (len(batches) - 1) % settings.accumulate + 1 if last_group else settings.accumulate
+            last_group = (number - 1) // settings.accumulate == (batches - 1) // settings.accumulate
+            share = (batches - 1) % settings.accumulate + 1 if last_group else settings.accumulate
             self.scaler.scale(loss / share).backward()
             total += loss.detach()
-            if number % settings.accumulate == 0 or number == len(batches):
+            if number % settings.accumulate == 0 or number == batches:
                 self._step()
         self.schedule.step()
-        mean_loss = float(total) / len(batches)
+        mean_loss = float(total) / batches
         if not np.isfinite(mean_loss):
             raise FloatingPointError(f"the training loss is {mean_loss} in epoch {self.epoch}")
         return mean_loss
@@ -261,15 +268,60 @@ class _Run:
         self.scaler.load_state_dict(state["scaler"])
 
 
-@torch.inference_mode()
 def predict(model: QAFENet, dataset: ClipDataset, config: Config, device: torch.device) -> np.ndarray:
     """Scores [N] of a dataset's evaluation clips, in its order, batch by batch."""
+    return _scores(model, _evaluation_loader(dataset, config, device), config, device)
+
+
+@torch.inference_mode()
+def score_batch(model: QAFENet, batch: ClipBatch, config: Config, device: torch.device) -> np.ndarray:
+    """Scores [B] of a batch in full float32 on every device: cuDNN's TF32 has three decimals."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        scores: np.ndarray = model(*model_inputs(batch.to(device), config)).double().cpu().numpy()
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+    return scores
+
+
+def _scores(model: QAFENet, loader: DataLoader[Clip], config: Config, device: torch.device) -> np.ndarray:
     model.eval()
-    loader = DataLoader(
-        dataset, batch_size=config.train.batch_size, collate_fn=collate, num_workers=config.data.workers
+    return np.concatenate([score_batch(model, batch, config, device) for batch in _read(loader)])
+
+
+def _loader(
+    dataset: ClipDataset, batches: Iterable[list[int]], config: Config, device: torch.device
+) -> DataLoader[Clip]:
+    """Reads the batches of clips, the same workers in every pass; they end with the loader.
+
+    Draws nothing from torch's global generator, or a resumed run would differ: a loader with workers draws once,
+    in its first pass, and one without in every pass.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=config.data.workers,
+        persistent_workers=config.data.workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
     )
-    scores = [model(*model_inputs(batch.to(device), config)).double().cpu().numpy() for batch in loader]
-    return np.concatenate(scores)
+
+
+def _evaluation_loader(dataset: ClipDataset, config: Config, device: torch.device) -> DataLoader[Clip]:
+    batches = BatchSampler(SequentialSampler(dataset), config.train.batch_size, drop_last=False)
+    return _loader(dataset, batches, config, device)
+
+
+def _read(loader: DataLoader[Clip]) -> Iterator[ClipBatch]:
+    """The loader's batches; an error in a worker comes with its own message, without torch's account of it."""
+    try:
+        yield from loader
+    except QafeError as err:
+        kind = type(err)
+        message = str(err).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
+        raise kind(message) from err
 
 
 def epoch_batches(clips: int, batch_size: int) -> list[list[int]]:
@@ -318,7 +370,7 @@ def amp_dtype(settings: TrainConfig, device: torch.device) -> torch.dtype | None
     if choice == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if choice == "fp16" and device.type == "cpu":
         raise ConfigError("fp16 needs a GPU, got device cpu (train.precision). Set train.precision=bf16 or fp32.")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]

@@ -12,9 +12,10 @@ from ray.tune.experiment import Trial
 
 from qafe import config as configs
 from qafe.config import Config
-from tracking.runs import SweepTracker
+from tracking.privacy import without_paths
+from tracking.runs import SweepTracker, TrialState
 
-from .searcher import FINISHED, OBJECTIVE
+from .searcher import FINISHED, OBJECTIVE, REFUSED
 
 TRACKED = ("spearman", "pearson", "mae", "train_loss", "lr", "epoch_s", "clips_per_s", "peak_memory_mb", OBJECTIVE)
 
@@ -29,36 +30,33 @@ class TrackTrials(Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial was placed on a worker, for the first time or again."""
         config = configs.override(self.base, trial.config["settings"])
-        self.tracker.trial_started(trial.trial_id, trial.config["number"], configs.flatten(config))
+        self.tracker.trial_started(trial.trial_id, trial.config["number"], configs.flatten(without_paths(config)))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """An epoch ended."""
+        if "spearman" not in result:  # the last words of a trial that diverged or was refused
+            return
         metrics = {name: value for name, value in result.items() if name in TRACKED or name.startswith("spearman_")}
         self.tracker.epoch(trial.trial_id, result["epoch"], metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial finished, or was stopped early."""
         result = trial.last_result
-        state = "finished" if result.get(FINISHED) else "pruned"
-        reason = result.get("diverged") or f"stopped early after epoch {result.get('epoch', 0)}"
-        self.tracker.trial_ended(
-            trial.trial_id,
-            "finished" if state == "finished" else "pruned",
-            folder=checkpoint_folder(trial),
-            reason="" if state == "finished" else reason,
-        )
+        state: TrialState = "finished" if result.get(FINISHED) else "failed" if result.get(REFUSED) else "pruned"
+        reason = {
+            "finished": "",
+            "failed": _class_of(result.get(REFUSED, "")),
+            "pruned": result.get("diverged") or f"stopped early after epoch {result.get('epoch', 0)}",
+        }[state]
+        self.tracker.trial_ended(trial.trial_id, state, folder=checkpoint_folder(trial), reason=reason)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good."""
-        reason = trial.get_error() or "unknown"
-        self.tracker.trial_ended(
-            trial.trial_id,
-            "failed",
-            folder=checkpoint_folder(trial),
-            reason=f"{type(reason).__name__}: {str(reason).strip().splitlines()[-1]}",
-        )
+        error = trial.get_error()
+        reason = _class_of(type(getattr(error, "cause", error)).__name__)
+        self.tracker.trial_ended(trial.trial_id, "failed", folder=checkpoint_folder(trial), reason=reason)
 
 
 class TellPeople(Callback):
@@ -66,7 +64,7 @@ class TellPeople(Callback):
 
     def __init__(self, planned: int) -> None:
         self.planned = planned
-        self.ended = 0
+        self.ended = 0  # of the trials of this driver; a resumed sweep has ended some before
         self.best: float | None = None
         self.started = time.monotonic()
 
@@ -75,27 +73,36 @@ class TellPeople(Callback):
         result = trial.last_result
         if result.get(FINISHED):
             self.best = max(self.best if self.best is not None else -1.0, result[OBJECTIVE])
+        if result.get(REFUSED):
+            self._say(trials, trial, f"failed: {result[REFUSED]}")
+            return
         how = "finished" if result.get(FINISHED) else f"pruned after epoch {result.get('epoch', 0)}"
-        self._say(trial, f"{how}, validation Spearman {result.get(OBJECTIVE, float('nan')):.3f}")
+        self._say(trials, trial, f"{how}, validation Spearman {result.get(OBJECTIVE, float('nan')):.3f}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Says what went wrong."""
-        self._say(trial, f"failed: {str(trial.get_error()).strip().splitlines()[-1]}")
+        self._say(trials, trial, f"failed: {str(trial.get_error()).strip().splitlines()[-1]}")
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Says that a trial lost its worker and goes on."""
         epoch = trial.last_result.get("epoch", 0) if trial.last_result else 0
         print(f"trial {trial.config['number']} lost its worker; it goes on after epoch {epoch}", file=sys.stderr)
 
-    def _say(self, trial: Trial, what: str) -> None:
+    def _say(self, trials: list[Trial], trial: Trial, what: str) -> None:
         self.ended += 1
-        left_s = (time.monotonic() - self.started) / self.ended * max(self.planned - self.ended, 0)
+        everything = 1 + sum(o is not trial and o.status in (Trial.TERMINATED, Trial.ERROR) for o in trials)
+        left_s = (time.monotonic() - self.started) / self.ended * max(self.planned - everything, 0)
         best = "" if self.best is None else f"; best {self.best:.3f}"
         print(
-            f"[{self.ended}/{self.planned}] trial {trial.config['number']} {what}{best}; about {left_s:.0f} s left",
+            f"[{everything}/{self.planned}] trial {trial.config['number']} {what}{best}; about {left_s:.0f} s left",
             file=sys.stderr,
             flush=True,
         )
+
+
+def _class_of(error: str) -> str:
+    """What a failed run says of its error: the class, since a message may name a patient's file."""
+    return f"{error.partition(':')[0]} (the message is in the sweep's own output)"
 
 
 def checkpoint_folder(trial: Trial) -> Path | None:

@@ -163,7 +163,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
         + _intervals(best["validation_interval"]),
     ]
     if band := summary["luck"]:
-        beyond = band["max_observed"] > band["threshold"]
+        beyond = best[OBJECTIVE] > band["threshold"]
         lines.append(
             f"Luck:             with nothing to learn the best of these trials and epochs would reach "
             f"{band['expected_max']:.3f} on average, {band['threshold']:.3f} in 1 sweep of 20 "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
+import re
 import subprocess
+import sys
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,15 +20,19 @@ import torch
 
 from qafe import config as configs
 from qafe import console
-from qafe.config import PRESETS
+from qafe.config import PRESETS, Config
 from qafe.data.cohort import Cohort, choose_expressions, load_cohort
 from qafe.data.sample import VERSION, make_sample
 from qafe.errors import ConfigError
-from tracking.connection import connect, resolve_uri
+from qafe.train import amp_dtype, fit
+from tracking.connection import connect, masked, resolve_uri
+from tracking.privacy import PATH_SETTINGS, without_paths
+from tracking.runs import sweep_exists
 
-from .sweep import Study
+from .sweep import Study, trial_device
 
 PLAN_FILE = "sweep.json"
+REPORT_FOLDER = "report"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +40,19 @@ class Plan:
     """All that decides what a sweep does; kept in its folder, so that a resumed sweep does the same.
 
     Attributes:
+        id: unique, whatever other sweeps are called.
         folder: the sweep's folder: Ray's experiment state, trials, study, spool and report.
+        pinned: settings of the study that are not searched, because ``--set`` or the data fixes them.
         data_root: the prepared dataset.
         tracking_uri: the MLflow store, absolute.
     """
 
+    id: str
     name: str
     study: str
     folder: str
     config_json: str
+    pinned: tuple[str, ...]
     data_root: str
     data_digest: str
     expressions: tuple[str, ...]
@@ -53,12 +64,20 @@ class Plan:
     tracking_uri: str
 
     def save(self) -> None:
-        """Writes the plan beside and renames it."""
-        path = Path(self.folder) / PLAN_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(dataclasses.asdict(self), indent=2))
-        unfinished.replace(path)
+        """Makes the sweep's folder and writes the plan, readable by its owner alone (a URI may hold a password).
+
+        Raises:
+            ConfigError: another sweep has taken the folder meanwhile.
+        """
+        folder = Path(self.folder)
+        try:
+            folder.mkdir()
+        except FileExistsError as err:
+            raise _taken(self.name, str(folder.parent)) from err
+        unfinished = folder / (PLAN_FILE + ".unfinished")
+        with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT, 0o600), "w") as out:
+            json.dump(dataclasses.asdict(self), out, indent=2)
+        unfinished.replace(folder / PLAN_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
@@ -69,7 +88,7 @@ class Plan:
         """
         try:
             tree = json.loads((folder / PLAN_FILE).read_text())
-            return cls(**tree | {"expressions": tuple(tree["expressions"])})
+            return cls(**tree | {name: tuple(tree[name]) for name in ("expressions", "pinned")})
         except (OSError, ValueError, TypeError, KeyError) as err:
             raise ConfigError(
                 f"only a sweep that was started can be resumed, there is no plan in {folder} ({type(err).__name__}). "
@@ -80,44 +99,103 @@ class Plan:
 def make_plan(options: argparse.Namespace, study: Study, storage: Path) -> Plan:
     """A new sweep's plan from the command line's options, written to its folder.
 
+    Whatever cannot work is found here, before Ray starts; nothing is written until all of it can.
+
     Raises:
-        QafeError: whatever of it cannot work: a setting, the data, the tracking store, a name that is taken.
+        QafeError: a setting, the data, the tracking store, the resources or a name that is taken.
     """
-    gpu = torch.cuda.is_available()
-    preset = options.preset or ("paper" if gpu and options.data_root else "tiny")
-    config = configs.override(PRESETS[preset](), configs.parse_settings(options.set))
-    trials = study.trials if options.trials is None else options.trials
-    for name, value in (("--trials", trials), ("--cpus-per-trial", options.cpus_per_trial)):
-        if value <= 0:
-            raise ConfigError(f"{name} must be greater than 0, got {value}. Name a larger number.")
-    uri = resolve_uri(options.tracking_uri)
-    connect(uri)
-    name = options.name or free_name(storage, study)
-    if (storage / name).exists():
+    gpus = torch.cuda.device_count()
+    if options.address and (options.preset is None or options.gpus_per_trial is None):
         raise ConfigError(
-            f"a sweep's name must be new, {name} is in {storage}. "
-            f"Go on with it (--resume --name {name}) or choose another --name."
+            "this machine does not know a cluster's GPUs: with --address, say --preset and --gpus-per-trial, too."
         )
+    preset = options.preset or ("paper" if gpus and options.data_root else "tiny")
+    gpus_per_trial = float(gpus > 0) if options.gpus_per_trial is None else options.gpus_per_trial
+    trials = study.trials if options.trials is None else options.trials
+    _check_resources(options, trials, gpus_per_trial, gpus)
+    name = options.name or ""
+    if not re.fullmatch(r"[A-Za-z0-9._-]*", name):
+        raise ConfigError(f"a sweep's name is made of letters, digits, '.', '_' and '-', got {name!r} (--name).")
+    if (storage / name / PLAN_FILE).exists():
+        raise _taken(name, str(storage))
+    settings = configs.parse_settings(options.set)
+    config = _with_whole_paths(configs.override(PRESETS[preset](), settings))
     data_root = (options.data_root or sample_root()).resolve()
     cohort = load_cohort(data_root, config.data)
     expressions = choose_expressions(cohort.manifest, options.expression or "smile")
+    pinned = study.names(config) & (frozenset(settings) | _without_landmarks(cohort, expressions))
+    study.baseline(config, pinned)
+    amp_dtype(config.train, trial_device(gpus_per_trial))
+    for expression in expressions:  # checks all that it needs, and is not asked for an epoch
+        part = cohort.only(expression)
+        fit(config, part.store, part.train, part.validation, device=torch.device("cpu"))
+    uri = resolve_uri(options.tracking_uri)
+    client = connect(uri)
+    if name and sweep_exists(client, name):
+        raise _taken(name, masked(uri))
+    storage.mkdir(parents=True, exist_ok=True)
+    if not name:
+        name = free_name(storage, study, lambda taken: sweep_exists(client, taken))
     plan = Plan(
+        id=uuid.uuid4().hex,
         name=name,
         study=study.name,
         folder=str(storage / name),
         config_json=configs.to_json(config),
+        pinned=tuple(sorted(pinned)),
         data_root=str(data_root),
         data_digest=cohort.manifest.digest,
         expressions=expressions,
         trials=trials,
         seed=options.seed,
         cpus_per_trial=options.cpus_per_trial,
-        gpus_per_trial=float(gpu) if options.gpus_per_trial is None else options.gpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
         time_budget_s=options.time_budget,
         tracking_uri=uri,
     )
     plan.save()
     return plan
+
+
+def _check_resources(options: argparse.Namespace, trials: int, gpus_per_trial: float, gpus: int) -> None:
+    """Numbers that make sense, and fit this machine where no cluster is named."""
+    for name, value in (
+        ("--trials", trials),
+        ("--cpus-per-trial", options.cpus_per_trial),
+        ("--time-budget", 1 if options.time_budget is None else options.time_budget),
+    ):
+        if value <= 0:
+            raise ConfigError(f"{name} must be greater than 0, got {value:g}. Name a larger number.")
+    for name, value, here in (
+        ("--cpus-per-trial", options.cpus_per_trial, os.cpu_count() or 1),
+        ("--gpus-per-trial", gpus_per_trial, gpus),
+    ):
+        if value < 0 or (not options.address and value > here):
+            raise ConfigError(f"{name} must lie between 0 and the {here} of this machine, got {value:g}. Name fewer.")
+    if options.seed < 0:
+        raise ConfigError(f"--seed must not be negative, got {options.seed}. Name another.")
+
+
+def _taken(name: str, place: str) -> ConfigError:
+    return ConfigError(
+        f"a sweep's name must be new, {name} is in {place}. "
+        f"Go on with it (--resume --name {name}) or choose another --name."
+    )
+
+
+def _with_whole_paths(config: Config) -> Config:
+    """Paths of weights as every worker can read them: a trial runs in a folder of its own."""
+    flat = configs.flatten(config)
+    return configs.override(config, {name: str(Path(flat[name]).resolve()) for name in PATH_SETTINGS if flat[name]})
+
+
+def _without_landmarks(cohort: Cohort, expressions: tuple[str, ...]) -> frozenset[str]:
+    """The settings that only landmarks can follow, where a dataset has the authors' rendered heatmaps instead."""
+    samples = (*cohort.train, *cohort.validation, *cohort.test)
+    if all(cohort.store.has_landmarks(s.patient, s.video) for s in samples if s.expression in expressions):
+        return frozenset()
+    print("there are no landmarks: how heatmaps are drawn is not searched", file=sys.stderr)
+    return frozenset(name for name in configs.flatten(Config()) if name.startswith("data.heatmap."))
 
 
 def clip_counts(cohort: Cohort, expressions: tuple[str, ...]) -> dict[str, int]:
@@ -131,7 +209,7 @@ def sample_root() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qafe"
     root = cache / f"sample-{VERSION}"
     if root.exists():
-        return root
+        return make_sample(root)  # returned as it is, once it is known to be this sample
     with console.progress(f"making the sample dataset in {root} (once)") as progress:
         return make_sample(root, progress=progress)
 
@@ -141,9 +219,12 @@ def _names(storage: Path, study: Study) -> dict[int, str]:
     return {int(tail): path.name for path in found if (tail := path.name.removeprefix(f"{study.name}-")).isdigit()}
 
 
-def free_name(storage: Path, study: Study) -> str:
-    """The study's name with the next free number."""
-    return f"{study.name}-{max(_names(storage, study), default=0) + 1}"
+def free_name(storage: Path, study: Study, taken: Callable[[str], bool]) -> str:
+    """The study's name with the next number that is free here and in the tracking store."""
+    number = max(_names(storage, study), default=0) + 1
+    while taken(f"{study.name}-{number}"):
+        number += 1
+    return f"{study.name}-{number}"
 
 
 def last_name(storage: Path, study: Study) -> str:
@@ -162,14 +243,25 @@ def sweep_params(plan: Plan) -> dict[str, Any]:
     """The parent run's params: the plan without this machine's paths, and the config that all trials start from."""
     shown = ("study", "trials", "seed", "cpus_per_trial", "gpus_per_trial", "data_digest")
     params = {name: getattr(plan, name) for name in shown} | {"expressions": ",".join(plan.expressions)}
-    return params | configs.flatten(configs.from_json(plan.config_json))
+    return params | configs.flatten(without_paths(configs.from_json(plan.config_json)))
 
 
 def source_tags() -> dict[str, str]:
     """Git commit (or ``QAFE_SOURCE_COMMIT``, for images without a repository) and versions of the libraries."""
     tags = {f"version.{name}": version(name) for name in ("qafe-net", "torch", "ray", "optuna", "mlflow")}
-    commit = os.environ.get("QAFE_SOURCE_COMMIT", "")
-    with contextlib.suppress(OSError):
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = commit or subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    commit = os.environ.get("QAFE_SOURCE_COMMIT") or _commit_of(Path(__file__))
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def _commit_of(file: Path) -> str:
+    """The commit of a file's repository, with ``-dirty`` if the tree differs; empty for a file outside of one."""
+
+    def git(*arguments: str) -> str:
+        line = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

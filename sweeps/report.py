@@ -25,10 +25,11 @@ from qafe.data.dataset import ClipDataset
 from qafe.errors import CheckpointError
 from qafe.history import History, read_history
 from qafe.model import weights
-from qafe.train import BEST_FILE, pick_device, predict
+from qafe.train import BEST_FILE, predict
 
 from .plan import Plan, clip_counts
 from .searcher import OBJECTIVE, RAY_TRIAL
+from .sweep import trial_device
 from .trial import CONFIG_FILE
 
 MINIMUM_FOR_IMPORTANCES = 4
@@ -134,20 +135,20 @@ def test_best(checkpoint: Path, data_root: str, expressions: Sequence[str], gpus
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=gpus)(_score_test)
-    found: TestResult | None = ray.get(task.remote(checkpoint, data_root, tuple(expressions)))
+    found: TestResult | None = ray.get(task.remote(checkpoint, data_root, tuple(expressions), gpus))
     return found
 
 
-def _score_test(checkpoint: Path, data_root: str, expressions: tuple[str, ...]) -> TestResult | None:
+def _score_test(checkpoint: Path, data_root: str, expressions: tuple[str, ...], gpus: float) -> TestResult | None:
     config = configs.from_json((checkpoint / CONFIG_FILE).read_text())
     cohort = load_cohort(data_root, config.data)
+    device = trial_device(gpus)
     spearman, interval, ids, predictions = {}, {}, {}, {}
     for expression in expressions:
         part = cohort.only(expression)
         if not part.test:
             continue
         model, _, _ = weights.load(checkpoint / expression / BEST_FILE)
-        device = pick_device()
         scores = predict(model.to(device), ClipDataset(part.store, part.test, config, train=False), config, device)
         target = [sample.score for sample in part.test]
         spearman[expression] = metrics.spearman(scores, target)

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -22,12 +23,14 @@ from ray.tune.search import Searcher
 from qafe import config as configs
 from qafe.config import Config
 
-from .sweep import Study
+from .sweep import Study, Suggester
 
 OBJECTIVE = "best_spearman"
 """What a sweep maximises: the mean over expressions of the best epoch's validation Spearman."""
 RAY_TRIAL = "ray_trial"
 FINISHED = "finished"
+REFUSED = "refused"
+"""What a trial reports whose settings or data cannot work: trying again would not help."""
 
 
 class StudySearcher(Searcher):
@@ -36,43 +39,48 @@ class StudySearcher(Searcher):
     Args:
         study: what is searched.
         base: the config that the settings are changes of; its own values are the first trial.
+        pinned: settings of the study that keep the base's value.
         journal: file of the Optuna study.
         sweep: the Optuna study's name.
         seed: of the sampler.
     """
 
-    def __init__(self, study: Study, base: Config, journal: Path, sweep: str, seed: int) -> None:
+    def __init__(
+        self, study: Study, base: Config, pinned: frozenset[str], journal: Path, sweep: str, seed: int
+    ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self.space = study.space
         self.base = base
+        self.pinned = pinned
         self.journal = journal
         self.sweep = sweep
         self.seed = seed
         self._study = open_study(journal, sweep, seed)
         self._trials: dict[str, optuna.Trial] = {}
         if not self._study.get_trials(deepcopy=False):
-            self._study.enqueue_trial(study.baseline(base), user_attrs={"baseline": True})
+            self._study.enqueue_trial(study.baseline(base, pinned), user_attrs={"baseline": True})
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """The settings of a new trial, flat, by dotted name."""
         trial = self._study.ask()
         trial.set_user_attr(RAY_TRIAL, trial_id)
-        self.space(trial, self.base)
+        self.space(Suggester(trial, self.base, self.pinned))
         self._trials[trial_id] = trial
         return {"settings": dict(trial.params), "number": trial.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Reports an epoch's objective."""
-        self._report(self._trials[trial_id], result)
+        if not result.get(REFUSED):
+            self._report(self._trials[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells the study how a trial ended."""
         trial = self._trials.pop(trial_id, None)
         if trial is None or self._study.trials[trial.number].state.is_finished():
             return
-        if result:  # Ray gives a trial's last result here alone
+        if result and not result.get(REFUSED):  # Ray gives a trial's last result here alone
             self._report(trial, result)
-        if error or not result:
+        if error or not result or result.get(REFUSED):
             self._study.tell(trial, state=TrialState.FAIL)
         elif result.get(FINISHED):
             self._study.tell(trial, result[OBJECTIVE])
@@ -121,11 +129,10 @@ def running_trials(study: optuna.Study) -> list[str]:
     ]
 
 
-def give_up(study: optuna.Study, ray_trial: str) -> None:
-    """Tells a running trial as pruned, or as failed where it gave nothing that the sampler could learn from."""
+def give_up(study: optuna.Study) -> None:
+    """Tells running trials as pruned, or as failed where they gave nothing that the sampler could learn from."""
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if frozen.user_attrs.get(RAY_TRIAL) == ray_trial:
-            study.tell(frozen.number, state=TrialState.PRUNED if frozen.intermediate_values else TrialState.FAIL)
+        study.tell(frozen.number, state=TrialState.PRUNED if frozen.intermediate_values else TrialState.FAIL)
 
 
 def open_study(journal: Path, sweep: str, seed: int = 0) -> optuna.Study:
@@ -133,11 +140,18 @@ def open_study(journal: Path, sweep: str, seed: int = 0) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True: needed for branches
-        sampler = optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
-    return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(journal))),
-        study_name=sweep,
-        sampler=sampler,
-        direction="maximize",
-        load_if_exists=True,
-    )
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            study_name=sweep,
+            direction="maximize",
+            load_if_exists=True,
+        )
+        # A sampler that starts again from the same seed would repeat the trials that the study has.
+        asked = len(study.get_trials(deepcopy=False))
+        study.sampler = optuna.samplers.TPESampler(
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            seed=int(np.random.SeedSequence((seed, asked)).generate_state(1)[0]),
+        )
+    return study

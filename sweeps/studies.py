@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import difflib
 
-import optuna
-
-from qafe.config import ATTENTION_FUSIONS, Config
+from qafe.config import ATTENTION_FUSIONS
 from qafe.errors import ConfigError
 
-from .sweep import Study
+from .sweep import Study, Suggester
 
 
-def fusion_space(trial: optuna.trial.BaseTrial, base: Config) -> None:
-    """How the two streams meet, and how landmarks become heatmaps.
+def fusion_space(trial: Suggester) -> None:
+    """How the two streams meet, and how landmarks are drawn.
 
-    Layers, heads, MLP, direction and drop path exist only in the fusions that attend. Heads divide every width that
-    the presets have.
+    Layers, heads, MLP, direction and drop path exist only in the fusions that attend.
     """
     kind = trial.suggest_categorical("model.fusion.kind", ["cross", "cross_split", "gated", "concat", "sum"])
     if kind in ATTENTION_FUSIONS:
         trial.suggest_int("model.fusion.layers", 1, 4)
-        trial.suggest_categorical("model.fusion.heads", [1, 2, 4, 8])
+        width = trial.base.model.fusion.width
+        trial.suggest_categorical("model.fusion.heads", [heads for heads in (1, 2, 4, 8) if width % heads == 0])
         trial.suggest_categorical("model.fusion.mlp_ratio", [1.0, 2.0, 4.0])
         trial.suggest_categorical("model.fusion.query", ["both", "rgb", "heatmap"])
         trial.suggest_float("model.fusion.drop_path", 0.0, 0.3)
     trial.suggest_categorical("model.fusion.position", ["heatmap", "rgb", "both", "none"])
     trial.suggest_categorical("model.fusion.mixer", ["conv1d", "none", "attention_pool"])
     trial.suggest_float("model.fusion.dropout", 0.0, 0.4)
-    heatmap_space(trial, base)
+    drawing_space(trial)
 
 
-def heatmap_space(trial: optuna.trial.BaseTrial, base: Config) -> None:
-    """How landmarks become heatmaps: width of a point, blur, which points, colour."""
+def heatmap_space(trial: Suggester) -> None:
+    """How landmarks are drawn, and how large the encoder sees them."""
+    drawing_space(trial)
+    size = trial.base.model.heatmap.size_px
+    trial.suggest_categorical("model.heatmap.size_px", sorted({max(8, 3 * size // 4), size, 3 * size // 2}))
+
+
+def drawing_space(trial: Suggester) -> None:
+    """How landmarks are drawn: width of a point, blur, which points, colour."""
     trial.suggest_float("data.heatmap.sigma_px", 0.5, 3.0)
     trial.suggest_int("data.heatmap.window_px", 2, 7)
     trial.suggest_categorical("data.heatmap.blur_px", [0, 3, 5, 7])
@@ -48,7 +53,7 @@ STUDIES: dict[str, Study] = {
     ),
     "heatmap_search": Study(
         name="heatmap_search",
-        about="how heatmaps are drawn, with the preset's fusion",
+        about="how heatmaps are drawn and how large, with the preset's fusion",
         space=heatmap_space,
     ),
 }

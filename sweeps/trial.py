@@ -19,10 +19,12 @@ from ray import tune
 
 from qafe import config as configs
 from qafe.data.cohort import load_cohort
+from qafe.errors import QafeError
 from qafe.history import ExpressionHistory, History, read_history, write_history
-from qafe.train import EpochResult, fit, pick_device
+from qafe.train import EpochResult, fit
 
-from .searcher import FINISHED, OBJECTIVE
+from .searcher import FINISHED, OBJECTIVE, REFUSED
+from .sweep import trial_device
 
 CONFIG_FILE = "config.json"
 NO_SKILL = -1.0
@@ -37,18 +39,26 @@ class TrialPlan:
     data_root: str
     expressions: tuple[str, ...]
     threads: int
+    gpus: float
 
 
 def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
     """Trains one model for each expression, epoch by epoch side by side, and reports after each epoch.
 
     A trial that was interrupted goes on from its last checkpoint. A loss that is not finite ends the trial: the
-    sweep counts it as pruned and says why.
+    sweep counts it as pruned and says why. Settings or data that cannot work end it as failed, at once.
     """
+    try:
+        _train(parameters, plan)
+    except QafeError as err:
+        tune.report({"epoch": 0, OBJECTIVE: NO_SKILL, REFUSED: f"{type(err).__name__}: {err}", FINISHED: False})
+
+
+def _train(parameters: dict[str, Any], plan: TrialPlan) -> None:
     torch.set_num_threads(plan.threads)
     config = configs.override(configs.from_json(plan.base_json), parameters["settings"])
     cohort = load_cohort(plan.data_root, config.data)
-    device = pick_device()
+    device = trial_device(plan.gpus)
     history: History = {}
     with contextlib.ExitStack() as stack:
         resume_from = None

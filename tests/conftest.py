@@ -16,20 +16,27 @@ QUICK = {
     "model.segment_frames": 4,
     "train.epochs": 3,
     "train.batch_size": 4,
+    "train.optimizer": "adamw",
+    "train.lr": 0.002,
+    "train.schedule": "cosine",
+    "train.warmup_epochs": 0,
+    "train.loss": "bmc",
+    "data.repeats": 1,
 }
-"""Settings under which a training of the tiny preset takes about a second."""
+"""Settings under which a training of the tiny preset takes about a second, and which the tests may count on."""
 QUICK_FLAGS = [flag for name, value in QUICK.items() for flag in ("--set", f"{name}={value}")]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Cache, configuration and tracking store of the test session lie in its temporary folder."""
+    """Cache, configuration, tracking store and current folder of the test session lie in its temporary folder."""
     base = tmp_path_factory.mktemp("home")
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
     patch.setenv("XDG_CONFIG_HOME", str(base / "config"))
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         patch.delenv(name, raising=False)
+    patch.chdir(base)
     yield
     patch.undo()
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qafe.__main__ import main
+from qafe.data.sample import SampleConfig
 from qafe.history import read_history
 from qafe.score import Scorer
 from qafe.store import Store
@@ -65,6 +66,12 @@ def test_a_model_of_several_expressions_must_be_told_which(trained: Path, sample
     assert for_smile != for_frown
 
 
+def test_train_writes_to_an_empty_folder_too(sample_root: Path, tmp_path: Path) -> None:
+    flags = ["--data-root", str(sample_root), "--preset", "tiny", "--out", str(tmp_path), *QUICK_FLAGS]
+    assert main(["train", *flags, "--set", "train.epochs=1"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "history.json", "smile.safetensors"]
+
+
 def broken_copy(sample_root: Path, target: Path, change: str) -> Path:
     shutil.copytree(sample_root, target)
     table = target / "sample_train.csv"
@@ -94,6 +101,12 @@ def broken_copy(sample_root: Path, target: Path, change: str) -> Path:
         ("which expression", ["frown, smile", "--expression"]),
         ("no such scheme", ["s3://"]),
         ("sample over files", ["new or empty folder"]),
+        ("sample below a file", ["config.json/made", "can be written"]),
+        ("out is a file", ["config.json", "must be new or empty"]),
+        ("out below a file", ["config.json/out", "can be written"]),
+        ("out does not fit", ["train.precision"]),
+        ("out without weights", ["bad.pth"]),
+        ("loss explodes", ["train.lr=1e+30", "epoch 1 of smile", "Set train.lr=1e+29"]),
     ],
 )
 def test_a_mistake_gets_one_line_and_status_2(
@@ -107,6 +120,7 @@ def test_a_mistake_gets_one_line_and_status_2(
         weights = tmp_path / "model" / "smile.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
     (tmp_path / "empty").mkdir()
+    exploding = ["--set", "train.loss=mse", "--set", "train.optimizer=sgd", "--set", "train.lr=1e30"]
     arguments = {
         "no root": [*train, str(tmp_path / "nowhere")],
         "bad row": [*train, str(broken_copy(sample_root, tmp_path / "copy", "label"))] if case == "bad row" else [],
@@ -123,6 +137,12 @@ def test_a_mistake_gets_one_line_and_status_2(
         "which expression": ["score", clip, "--model", str(trained)],
         "no such scheme": ["score", clip, "--model", "s3://bucket/model"],
         "sample over files": ["sample", str(trained)],
+        "sample below a file": ["sample", str(trained / "config.json" / "made")],
+        "out is a file": [*train, str(sample_root), "--out", str(trained / "config.json")],
+        "out below a file": [*train, str(sample_root), "--out", str(trained / "config.json" / "out")],
+        "out does not fit": [*train, str(sample_root), "--set", "train.precision=fp16", "--device", "cpu"],
+        "out without weights": [*train, str(sample_root), "--set", "model.rgb.weights=bad.pth"],
+        "loss explodes": [*train, str(sample_root), *exploding],
     }[case]
     before = sorted(path.name for path in trained.iterdir())
     assert main(arguments) == 2
@@ -134,7 +154,15 @@ def test_a_mistake_gets_one_line_and_status_2(
         assert word in lines[0]
     assert "Traceback" not in printed.err
     assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
     assert sorted(path.name for path in trained.iterdir()) == before
+
+
+def test_the_sample_command_makes_what_the_library_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr("qafe.__main__.make_sample", lambda folder, config, progress: made.append(config))
+    assert main(["sample", "anywhere"]) == 0
+    assert made == [SampleConfig()]
 
 
 def test_the_sample_command_prints_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,6 +156,10 @@ def test_csv_path(store: Store) -> None:
 def test_video_of_an_id(store: Store) -> None:
     assert store.resolve_video("v_P1") == ("P1", "v")
     assert store.resolve_video("clip0000001extra_P9") == ("P9", "clip0000001")
+    store.write_landmarks("P9", "clip0000001extra", video_landmarks(0, 5))
+    assert store.resolve_video("clip0000001extra_P9") == ("P9", "clip0000001extra")
+    (store.root / "landmarks_heatmap" / "P8" / "clip0000001extra").mkdir(parents=True)
+    assert store.resolve_video("clip0000001extra_P8") == ("P8", "clip0000001extra")
     for bad in ("nounderscore", "_P1", "v_", "a/b_P1", "v_.."):
         with pytest.raises(ManifestError, match="must be <video>_<patient>"):
             store.resolve_video(bad)

@@ -1,4 +1,6 @@
 import math
+import multiprocessing
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +9,23 @@ import torch
 
 from qafe.config import Config, TrainConfig, override
 from qafe.data.cohort import Cohort, choose_expressions, load_cohort
-from qafe.errors import CheckpointError, ConfigError, ManifestError
+from qafe.data.dataset import ClipDataset
+from qafe.errors import CheckpointError, ConfigError, ManifestError, MediaError
 from qafe.history import ExpressionHistory, read_history, write_history
 from qafe.model import weights
-from qafe.train import BEST_FILE, STATE_FILE, EpochResult, amp_dtype, epoch_batches, fit, lr_factor, pick_device
+from qafe.model.qafenet import build
+from qafe.score import SUFFIX, Scorer
+from qafe.train import (
+    BEST_FILE,
+    STATE_FILE,
+    EpochResult,
+    amp_dtype,
+    epoch_batches,
+    fit,
+    lr_factor,
+    pick_device,
+    predict,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +71,16 @@ def test_seeds_decide_everything(quick: Config, smile: Cohort) -> None:
     "settings",
     [
         {"model.fusion.dropout": 0.2, "model.fusion.drop_path": 0.1},
-        {"train.optimizer": "sgd", "train.schedule": "step", "train.step_epochs": 2, "train.train_noise_sigma": True},
+        {
+            "train.optimizer": "sgd",
+            "train.schedule": "step",
+            "train.step_epochs": 2,
+            "train.loss": "bmc",
+            "train.train_noise_sigma": True,
+        },
+        {"model.fusion.dropout": 0.2, "data.workers": 1},
     ],
-    ids=["adamw-cosine-dropout", "sgd-step-sigma"],
+    ids=["adamw-cosine-dropout", "sgd-step-sigma", "workers"],
 )
 def test_a_resumed_run_gives_the_numbers_of_one_that_never_stopped(
     quick: Config, smile: Cohort, tmp_path: Path, settings: dict[str, object]
@@ -78,6 +100,35 @@ def test_a_resumed_run_gives_the_numbers_of_one_that_never_stopped(
     theirs, _, _ = weights.load(tmp_path / "3" / BEST_FILE)
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
     assert rest[-1].best_epoch == whole[-1].best_epoch
+
+
+def test_workers_change_nothing_and_live_as_long_as_the_run(quick: Config, smile: Cohort) -> None:
+    expected = train(override(quick, {"model.fusion.dropout": 0.2}), smile)
+    config = override(quick, {"model.fusion.dropout": 0.2, "data.workers": 2})
+    run = fit(config, smile.store, smile.train, smile.validation, device=torch.device("cpu"))
+    results = [next(run)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 4, "two that read for training and two for validation"
+    results.append(next(run))
+    assert {worker.pid for worker in multiprocessing.active_children()} == {worker.pid for worker in workers}
+    del run  # The results are kept: they must not keep the workers.
+    assert multiprocessing.active_children() == []
+    assert [result.train_loss for result in results] == [result.train_loss for result in expected[:2]]
+    np.testing.assert_array_equal(results[1].predictions, expected[1].predictions)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_frame_is_said_in_its_own_words(
+    quick: Config, sample_root: Path, tmp_path: Path, workers: int
+) -> None:
+    shutil.copytree(sample_root, tmp_path / "copy")
+    smile = load_cohort(tmp_path / "copy", quick.data).only("smile")
+    frame = smile.store.frame_paths(smile.train[3].patient, smile.train[3].video)[0]
+    frame.write_bytes(frame.read_bytes()[:-100])
+    with pytest.raises(MediaError) as caught:
+        train(override(quick, {"data.workers": workers}), smile)
+    rule = f"a frame must be a whole JPEG, and {frame} is damaged or truncated. Run python -m qafe prepare again."
+    assert str(caught.value) == rule
 
 
 def test_a_run_resumes_only_what_it_was(quick: Config, smile: Cohort, tmp_path: Path) -> None:
@@ -129,14 +180,26 @@ def test_learning_rates_by_hand() -> None:
     assert lr_factor(TrainConfig(schedule="constant"))(77) == 1
 
 
-def test_precision_follows_the_device() -> None:
+def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert amp_dtype(TrainConfig(), cpu) is None
     assert amp_dtype(TrainConfig(precision="bf16"), cpu) == torch.bfloat16
+    # A GPU that only emulates bf16, as torch answers for it.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert amp_dtype(TrainConfig(), torch.device("cuda")) == torch.float16
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         amp_dtype(TrainConfig(precision="fp16"), cpu)
     with pytest.raises(ConfigError, match="device"):
         pick_device("abacus")
+
+
+def test_evaluation_does_without_tf32(quick: Config, smile: Cohort) -> None:
+    model, seen = build(quick), []
+    model.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    clips = ClipDataset(smile.store, smile.validation, quick, train=False)
+    predict(model, clips, quick, torch.device("cpu"))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_bf16_trains(quick: Config, smile: Cohort) -> None:
@@ -153,6 +216,21 @@ def test_training_on_a_gpu_resumes(quick: Config, smile: Cohort, tmp_path: Path)
         result.save(tmp_path / str(result.epoch))
     rest = list(fit(quick, smile.store, smile.train, smile.validation, device=device, resume_from=tmp_path / "1"))
     assert rest[-1].train_loss == pytest.approx(results[-1].train_loss, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1])
+def test_scores_on_a_cpu_are_those_that_training_on_a_gpu_reported(
+    quick: Config, smile: Cohort, tmp_path: Path, workers: int
+) -> None:
+    config = override(quick, {"data.workers": workers})
+    results = list(fit(config, smile.store, smile.train, smile.validation, device=pick_device("cuda")))
+    assert torch.backends.cudnn.allow_tf32, "training itself may use it"
+    results[-1].save(tmp_path)
+    (tmp_path / BEST_FILE).rename(tmp_path / f"smile{SUFFIX}")
+    reported = results[results[-1].best_epoch - 1].predictions
+    scores = Scorer(tmp_path, torch.device("cpu")).score_samples(smile.store, smile.validation)
+    np.testing.assert_allclose(scores, reported, atol=1e-5)
 
 
 def test_histories_survive_the_disk(quick: Config, smile: Cohort, tmp_path: Path) -> None:

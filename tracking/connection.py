@@ -15,7 +15,6 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from qafe.errors import TrackingError
 
@@ -39,17 +38,25 @@ def masked(uri: str) -> str:
     return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
 
 
-def connect(uri: str | None = None) -> MlflowClient:
-    """A client of a store that answers; an embedded store is made on first use.
+def connect(uri: str | None = None, *, create: bool = True) -> MlflowClient:
+    """A client of a store that answers.
 
+    Args:
+        create: make an embedded store that does not exist; without it that is an error.
     Raises:
         TrackingError: nothing answers at the URI, or it is not one that MLflow knows.
     """
     resolved = resolve_uri(uri)
+    file = embedded_path(resolved)
+    if file and not create and not file.exists():
+        raise TrackingError(
+            f"there is no tracking store at {file}; go to the sweep's folder or name --tracking-uri / "
+            "MLFLOW_TRACKING_URI."
+        )
     try:
         client = MlflowClient(tracking_uri=resolved)
         client.search_experiments(max_results=1)
-    except (MlflowException, OSError, ValueError) as err:
+    except Exception as err:  # MLflow and its database drivers raise almost anything
         raise TrackingError(
             f"the tracking server must answer, got no answer from {masked(resolved)} (--tracking-uri or "
             f"MLFLOW_TRACKING_URI; {type(err).__name__}). Start it with python -m tracking.server, or unset the URI "

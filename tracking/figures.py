@@ -1,10 +1,9 @@
-"""What a trial's run shows beside its numbers: figures, tables and weights, without a name in them."""
+"""What a trial's run shows beside its numbers: figures, tables and weights, without a name or a path in them."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qafe import config as configs
 from qafe import metrics
 from qafe.history import ExpressionHistory, History, read_history
+from qafe.model import weights
 from qafe.score import SUFFIX
 from qafe.train import BEST_FILE
 
+from .privacy import without_paths
 from .pseudonyms import pseudonym
 
 CHECKPOINT_FOLDER = "checkpoint"
@@ -29,17 +31,21 @@ def trial_files(checkpoint: Path, key: bytes) -> Iterator[Path]:
     """A temporary folder with a trial's artifacts, made from its last checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint's history is missing or damaged.
+        CheckpointError: the checkpoint's history or weights are missing or damaged.
+        ConfigError: its config is damaged.
+        OSError: its config is missing.
     """
     history = read_history(checkpoint)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copy(checkpoint / "config.json", folder / "config.json")
+        config = without_paths(configs.from_json((checkpoint / "config.json").read_text()))
+        (folder / "config.json").write_text(configs.to_json(config))
         (folder / CHECKPOINT_FOLDER).mkdir()
         for expression in history:
-            weights = checkpoint / expression / BEST_FILE
-            if weights.is_file():
-                shutil.copy(weights, folder / CHECKPOINT_FOLDER / (expression + SUFFIX))
+            best = checkpoint / expression / BEST_FILE
+            if best.is_file():
+                model, config, extra = weights.load(best)
+                weights.save(folder / CHECKPOINT_FOLDER / (expression + SUFFIX), model, without_paths(config), extra)
         write_predictions(folder / "predictions.csv", history, key)
         (folder / "figures").mkdir()
         _save(draw_predictions(history), folder / "figures" / "predicted_against_true.png")

@@ -26,7 +26,7 @@ from qafe.errors import TrackingError
 from . import scorer
 from .connection import connect, masked, resolve_uri
 from .figures import CHECKPOINT_FOLDER
-from .runs import STATE_TAG, SWEEP_TAG, TRIAL_TAG
+from .runs import STATE_TAG, SWEEP_ID_TAG, SWEEP_TAG, TRIAL_TAG, search_sweep
 
 MODEL = "qafe-net"
 CHAMPION = "champion"
@@ -51,20 +51,22 @@ def register(client: MlflowClient, sweep: str, *, model: str = MODEL, trial: int
                 f"a trial needs its checkpoint to be registered, run {best.info.run_id} has none ({err}). "
                 "Wait until the sweep has sent it (python -m tracking.runs replay)."
             ) from err
-        with mlflow.start_run(run_id=best.info.run_id), warnings.catch_warnings():
-            # MLflow asks for an input example; ours would be the path of a patient's clip.
-            warnings.filterwarnings("ignore", message=".*input example.*")
-            info = mlflow.pyfunc.log_model(
-                name=MODEL,
-                python_model=scorer.__file__,
-                artifacts={scorer.WEIGHTS: weights},
-                code_paths=[str(_package_folder("qafe"))],
-                signature=scorer.SIGNATURE,
-                pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
-            )
-    # Logging the model has opened and closed the run again: it ended when its trial did.
-    client.set_terminated(best.info.run_id, status=best.info.status, end_time=best.info.end_time)
-    tags = {"sweep": sweep, "trial_run": best.info.run_id}
+        try:
+            with mlflow.start_run(run_id=best.info.run_id), warnings.catch_warnings():
+                # MLflow asks for an input example; ours would be the path of a patient's clip.
+                warnings.filterwarnings("ignore", message=".*input example.*")
+                info = mlflow.pyfunc.log_model(
+                    name=MODEL,
+                    python_model=scorer.__file__,
+                    artifacts={scorer.WEIGHTS: weights},
+                    code_paths=[str(_package_folder("qafe"))],
+                    signature=scorer.SIGNATURE,
+                    pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
+                )
+        finally:
+            # Logging the model opens and closes the run again, as failed if it fails: it ended when its trial did.
+            client.set_terminated(best.info.run_id, status=best.info.status, end_time=best.info.end_time)
+    tags = {"sweep": best.data.tags[SWEEP_TAG], "trial_run": best.info.run_id}
     tags |= {
         name: f"{best.data.metrics[name]:.4f}" for name in (OBJECTIVE, "test_spearman") if name in best.data.metrics
     }
@@ -93,7 +95,7 @@ def fetch(uri: str) -> Path:
     Raises:
         TrackingError: nothing in the registry has that name, version or alias.
     """
-    client = connect()
+    client = connect(create=False)
     mlflow.set_tracking_uri(client.tracking_uri)
     try:
         source = client.get_model_version_download_uri(*_name_and_version(client, uri))
@@ -154,20 +156,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _register(options: argparse.Namespace) -> int:
-    version = register(connect(options.tracking_uri), options.sweep, model=options.model, trial=options.trial)
+    client = connect(options.tracking_uri, create=False)
+    version = register(client, options.sweep, model=options.model, trial=options.trial)
     print(f"registered {version.name} version {version.version}")
     print(f"promote it:  python -m tracking.registry promote {version.name} {version.version}", file=sys.stderr)
     return 0
 
 
 def _promote(options: argparse.Namespace) -> int:
-    promote(connect(options.tracking_uri), options.model, options.version)
+    promote(connect(options.tracking_uri, create=False), options.model, options.version)
     print(f"models:/{options.model}@{CHAMPION} is version {options.version}")
     return 0
 
 
 def _list(options: argparse.Namespace) -> int:
-    client = connect(options.tracking_uri)
+    client = connect(options.tracking_uri, create=False)
     rows = []
     for model in client.search_registered_models():
         for version in client.search_model_versions(f"name = '{model.name}'"):
@@ -193,11 +196,18 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _best_run(client: MlflowClient, sweep: str, trial: int | None) -> Run:
-    experiments = [found.experiment_id for found in client.search_experiments()]
-    runs = client.search_runs(experiments, f"tags.`{SWEEP_TAG}` = '{sweep}'", max_results=5000)
+    """A sweep's best trial, the first of equally good ones, or its trial of a number."""
+    runs = search_sweep(client, SWEEP_TAG, sweep) or search_sweep(client, SWEEP_ID_TAG, sweep)
     if not runs:
         raise TrackingError(f"a sweep must be in the tracking store to be registered, got {sweep!r} (--sweep). "
                             "See the qafe.sweep tags in the MLflow UI.")  # fmt: skip
+    ids = sorted({run.data.tags.get(SWEEP_ID_TAG, "") for run in runs})
+    if len(ids) > 1:
+        raise TrackingError(
+            f"a sweep is registered by its name where no other has it, {len(ids)} have the name {sweep} (--sweep). "
+            f"Give the {SWEEP_ID_TAG} tag of yours instead: {', '.join(ids)}."
+        )
+    sweep = runs[0].data.tags[SWEEP_TAG]
     trials = [run for run in runs if run.data.tags.get(TRIAL_TAG) != "none"]
     if trial is not None:
         trials = [run for run in trials if run.info.run_name == f"{sweep}-{trial:03d}"]
@@ -205,7 +215,8 @@ def _best_run(client: MlflowClient, sweep: str, trial: int | None) -> Run:
     if not ended:
         wanted = "no finished trial" if trial is None else f"no finished trial {trial}"
         raise TrackingError(f"only a finished trial can be registered, sweep {sweep} has {wanted}. Let it finish.")
-    return max(ended, key=lambda run: float(run.data.metrics[OBJECTIVE]))
+    # Names end in the trial's number, with leading zeros up to 999.
+    return min(ended, key=lambda run: (-run.data.metrics[OBJECTIVE], len(run.info.run_name), run.info.run_name))
 
 
 def _package_folder(name: str) -> Path:
@@ -221,5 +232,4 @@ def _version(name: str) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     sys.exit(main())

@@ -8,8 +8,10 @@ entries to MLflow in order, waits out a server that is away, and finds runs agai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -18,14 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
 from qafe import console
-from qafe.errors import CheckpointError, TrackingError
+from qafe.errors import TrackingError
 
 from . import figures
-from .connection import connect, masked
+from .connection import connect, embedded_path, masked
 from .pseudonyms import load_key
 from .spool import Entry, Spool
 
@@ -34,8 +35,10 @@ logger = logging.getLogger(__name__)
 TrialState = Literal["finished", "pruned", "failed", "killed"]
 SPOOL_FILE = "tracking.jsonl"
 SWEEP_TAG = "qafe.sweep"
+SWEEP_ID_TAG = "qafe.sweep_id"
 TRIAL_TAG = "qafe.trial"
 STATE_TAG = "qafe.state"
+REASON_TAG = "qafe.reason"
 MLFLOW_STATUS: dict[str, str] = {
     "finished": "FINISHED",
     "pruned": "FINISHED",
@@ -59,7 +62,8 @@ class SweepTracker:
         spool_path: where the spool lies; an existing one is continued.
         uri: the tracking store, as `connection.resolve_uri` gave it.
         experiment: MLflow experiment, one for each study.
-        sweep: name of the sweep, unique in the experiment.
+        sweep: name of the sweep, for people.
+        sweep_id: of the sweep alone, in any store: its runs are found again by it.
         params: the sweep's own params; its trials have theirs.
         tags: of the sweep and of every trial (versions, commit).
         dataset: name and digest of the data.
@@ -72,6 +76,7 @@ class SweepTracker:
         uri: str,
         experiment: str,
         sweep: str,
+        sweep_id: str,
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         dataset: tuple[str, str],
@@ -79,6 +84,12 @@ class SweepTracker:
         self.spool = Spool(spool_path)
         past = list(self.spool.entries())
         self._started = {entry["trial"] for entry in past if entry["kind"] == "trial"}
+        self._running: set[str] = set()
+        for entry in past:
+            if entry["kind"] == "trial":
+                self._running.add(entry["trial"])
+            elif entry["kind"] == "trial_end":
+                self._running.discard(entry["trial"])
         self._seen = {(entry["trial"], entry["step"]) for entry in past if entry["kind"] == "epoch"}
         self._sender = Sender(self.spool)
         self._stop = threading.Event()
@@ -88,6 +99,7 @@ class SweepTracker:
             uri=uri,
             experiment=experiment,
             sweep=sweep,
+            sweep_id=sweep_id,
             params=_texts(params),
             tags=dict(tags),
             dataset=list(dataset),
@@ -98,6 +110,7 @@ class SweepTracker:
     def trial_started(self, trial: str, number: int, params: Mapping[str, Any]) -> None:
         """A trial begins, or goes on after a crash."""
         self._started.add(trial)
+        self._running.add(trial)
         self._append(kind="trial", trial=trial, number=number, params=_texts(params))
 
     def epoch(self, trial: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -120,6 +133,7 @@ class SweepTracker:
         """
         if trial not in self._started:
             return
+        self._running.discard(trial)
         self._append(
             kind="trial_end",
             trial=trial,
@@ -137,7 +151,10 @@ class SweepTracker:
         self._append(kind="sweep_files", folder=str(folder), metrics=dict(metrics))
 
     def sweep_ended(self, state: TrialState) -> None:
-        """The sweep's final state."""
+        """The sweep's final state; trials that nobody has ended, as after a crash, end with it."""
+        for trial in sorted(self._running):
+            left: TrialState = "killed" if state == "killed" else "failed"
+            self.trial_ended(trial, left, folder=None, reason="its sweep ended without it")
         self._append(kind="sweep_end", state=state)
 
     def close(self, patience_s: float = 60.0) -> int:
@@ -145,6 +162,7 @@ class SweepTracker:
         self._stop.set()
         self._wake.set()
         self._thread.join(timeout=patience_s)
+        self._sender.given_up.set()
         self.spool.close()
         return sum(1 for _ in self.spool.unsent())
 
@@ -182,7 +200,7 @@ class SweepTracker:
                     return
                 if sent == 0:
                     self._wake.wait()
-            except TrackingError as err:
+            except Exception as err:  # a full disk, a damaged line: the thread must outlive what it cannot foresee
                 logger.warning("tracking waits: %s", err)
                 time.sleep(1.0) if self._stop.is_set() else self._stop.wait(delay_s)
                 delay_s = min(2 * delay_s, 30.0)
@@ -195,6 +213,8 @@ class Sender:
         self.spool = spool
         self.runs: dict[str, str] = {}
         self.experiment_id = ""
+        self.given_up = threading.Event()
+        """Set when the rest is left to a replay, which must be the only one to send it."""
         self._client: MlflowClient | None = None
         self._opened: Entry | None = None
         self._handlers: dict[str, Callable[[MlflowClient, Entry], None]] = {
@@ -215,6 +235,8 @@ class Sender:
         """
         count = 0
         for entry, place in self.spool.unsent():
+            if self.given_up.is_set():
+                break
             self._send(entry)
             self.spool.mark_sent(place)
             count += 1
@@ -228,10 +250,12 @@ class Sender:
         try:
             if self._client is None:
                 client = connect(self._opened["uri"])
-                self.experiment_id = _experiment(client, self._opened["experiment"])
+                self.experiment_id = _experiment(client, self._opened["experiment"], self._opened["uri"])
                 self._client = client
             self._handlers[entry["kind"]](self._client, entry)
-        except (MlflowException, OSError) as err:
+        except TrackingError:
+            raise
+        except Exception as err:  # MLflow and its database drivers raise almost anything
             raise TrackingError(
                 f"the tracking server must take a sweep's {entry['kind']} entry, got {type(err).__name__} from "
                 f"{masked(self._opened['uri'])}: {str(err)[:200]}. The entry is kept in {self.spool.path}."
@@ -242,16 +266,17 @@ class Sender:
         if trial in self.runs:
             return self.runs[trial]
         assert self._opened is not None
-        sweep = self._opened["sweep"]
+        sweep, sweep_id = self._opened["sweep"], self._opened["sweep_id"]
         found = client.search_runs(
             [self.experiment_id],
-            filter_string=f"tags.`{SWEEP_TAG}` = '{sweep}' AND tags.`{TRIAL_TAG}` = '{trial or 'none'}'",
+            filter_string=f"tags.`{SWEEP_ID_TAG}` = '{sweep_id}' AND tags.`{TRIAL_TAG}` = '{trial or 'none'}'",
             max_results=1,
         )
         if found:
             run_id: str = found[0].info.run_id
         else:
-            tags = {SWEEP_TAG: sweep, TRIAL_TAG: trial or "none", "mlflow.source.name": "sweeps.run"}
+            tags = {SWEEP_TAG: sweep, SWEEP_ID_TAG: sweep_id, TRIAL_TAG: trial or "none"}
+            tags["mlflow.source.name"] = "sweeps.run"
             if trial:
                 tags["mlflow.parentRunId"] = self._run_id(client, "")
             name = f"{sweep}-{entry['number']:03d}" if entry and trial else sweep
@@ -274,6 +299,8 @@ class Sender:
         new = [Param(name, value) for name, value in params.items() if name not in known.data.params]
         for start in range(0, len(new), 100):
             client.log_batch(run_id, params=new[start : start + 100])
+        for ending in {STATE_TAG, REASON_TAG} & known.data.tags.keys():
+            client.delete_tag(run_id, ending)
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in self._opened["tags"].items()])
         if not (known.inputs and known.inputs.dataset_inputs):
             name, digest = self._opened["dataset"]
@@ -289,14 +316,17 @@ class Sender:
     def _trial_end(self, client: MlflowClient, entry: Entry) -> None:
         run_id = self._run_id(client, entry["trial"])
         if entry["folder"]:
-            try:
-                with figures.trial_files(Path(entry["folder"]), load_key()) as folder:
+            key = load_key()
+            with contextlib.ExitStack() as stack:
+                try:
+                    folder = stack.enter_context(figures.trial_files(Path(entry["folder"]), key))
+                except Exception as err:  # whatever is wrong with the checkpoint, the run has to end
+                    logger.warning("run %s gets no files: %s", run_id, err)
+                else:
                     client.log_artifacts(run_id, str(folder))
-            except CheckpointError as err:
-                logger.warning("run %s gets no figures: %s", run_id, err)
         client.set_tag(run_id, STATE_TAG, entry["state"])
         if entry["reason"]:
-            client.set_tag(run_id, "qafe.reason", entry["reason"])
+            client.set_tag(run_id, REASON_TAG, entry["reason"])
         client.set_terminated(run_id, status=MLFLOW_STATUS[entry["state"]], end_time=entry["time"])
 
     def _trial_metrics(self, client: MlflowClient, entry: Entry) -> None:
@@ -313,10 +343,34 @@ class Sender:
         client.set_terminated(run_id, status=MLFLOW_STATUS[entry["state"]], end_time=entry["time"])
 
 
-def _experiment(client: MlflowClient, name: str) -> str:
+def sweep_exists(client: MlflowClient, sweep: str) -> bool:
+    """Whether a sweep of this name is in the store, in any experiment.
+
+    Raises:
+        TrackingError: it is no name of a sweep.
+    """
+    return any(run.data.tags.get(TRIAL_TAG) == "none" for run in search_sweep(client, SWEEP_TAG, sweep))
+
+
+def search_sweep(client: MlflowClient, tag: str, value: str) -> list[Run]:
+    """The runs of the sweeps that have this value of `SWEEP_TAG` or `SWEEP_ID_TAG`, in any experiment.
+
+    Raises:
+        TrackingError: the value has characters that names of sweeps do not have.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", value):
+        raise TrackingError(f"a sweep's name has only letters, digits and . _ -, got {value!r}. Name another sweep.")
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    return list(client.search_runs(experiments, f"tags.`{tag}` = '{value}'", max_results=5000))
+
+
+def _experiment(client: MlflowClient, name: str, uri: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
-        return str(client.create_experiment(name, tags=EXPERIMENT_TAGS))
+        store = embedded_path(uri)
+        # MLflow's own default is mlruns in the current folder, which is another one in the next process.
+        beside = (store.parent / "mlruns" / name).as_uri() if store else None
+        return str(client.create_experiment(name, artifact_location=beside, tags=EXPERIMENT_TAGS))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)

@@ -49,6 +49,8 @@ def _serve(options: argparse.Namespace) -> int:
             f"the server keeps its data in a database, got {masked(backend)} (--backend). "
             "Name sqlite:///FILE or postgresql://..."
         )
+    if not 1 <= options.port <= 65535:
+        raise TrackingError(f"a port is a number from 1 to 65535, got {options.port} (--port). Name another --port.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -20,7 +20,7 @@ class Spool:
     """One sweep's entries, in order, with a cursor beside them.
 
     Args:
-        path: the file; its cursor is ``<path>.sent``.
+        path: the file, for its owner alone (a store's URI may hold a password); its cursor is ``<path>.sent``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,7 +29,9 @@ class Spool:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._drop_torn_line()
         self._lock = threading.Lock()
-        self._out = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the spool's life)
+        self._out = open(  # noqa: SIM115 (open for the spool's life)
+            path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)
+        )
 
     def append(self, entry: Entry) -> None:
         """Writes one entry; it survives the death of this process."""

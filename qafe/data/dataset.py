@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ..config import AugmentConfig, Config, HeatmapConfig
 from ..errors import ManifestError
@@ -237,7 +237,9 @@ def _read_clip(
     augment = config.data.augment
     rgb_side, map_side = config.model.rgb.size_px, config.model.heatmap.size_px
     rgb_resized, map_resized = resized_px(rgb_side, augment), resized_px(map_side, augment)
-    frames = _FRAMES.read(store, sample, indices, rgb_resized, config.data.memory_mb)
+    worker = get_worker_info()
+    memory_mb = config.data.memory_mb // (worker.num_workers if worker else 1)
+    frames = _FRAMES.read(store, sample, indices, rgb_resized, memory_mb)
     rgb_offset = crop_offset(rgb_draw, rgb_resized, rgb_side)
     rest = (0.0, 0.0)
     if heatmap_draw == rgb_draw:
@@ -307,9 +309,10 @@ _FramesKey = tuple[Path, str, str, int, tuple[int, int]]
 
 
 class _FrameMemory:
-    """Decoded frames of whole videos, shared by all datasets of a process: later epochs and later trials decode
-    nothing.
+    """Decoded frames of whole videos, shared by all datasets of a process: later epochs decode nothing, nor do
+    later trials where ``data.workers=0`` reads in the process that trains.
 
+    A loader worker has a memory of its own, with its share of ``data.memory_mb``, for as long as the run lives.
     Keeps what was used last, with one exception that an epoch needs: going round more videos than fit would drop
     each just before it is wanted again. So a video makes room only when it has not been used for 8 times as many
     reads as there are videos kept; until then a new one is read but not kept.

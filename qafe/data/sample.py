@@ -208,7 +208,7 @@ def _movement(
     amplitude = np.zeros((4, 2))
     if expression == 0:
         wave = np.stack([_wander(rng, frames, rng.uniform(0.5, 1.0)) for _ in range(4)], axis=1)
-        amplitude[:] = 0.46 * vigour * sides
+        amplitude[:] = 0.62 * vigour * sides
         count = int(np.clip(np.rint(3.2 - 0.75 * severity + rng.normal(0, 0.4)), 0, 3))
         blink = _blinks(rng, frames, count)[:, None] * np.clip(1.1 - 0.15 * severity, 0.4, 1) * sides
     else:
@@ -217,7 +217,7 @@ def _movement(
         # A second direction follows a little, by its own measure, so that expressions are never pure.
         other = (expression - 1 + int(rng.integers(1, 4))) % 4
         wave[:, other] = _wander(rng, frames, 0.7)
-        amplitude[other] = rng.uniform(0.02, 0.10)
+        amplitude[other] = rng.uniform(0.01, 0.06)
         blink = np.zeros((frames, 2))
         if expression - 1 != SQUEEZE and rng.random() < 0.35:
             blink += _blinks(rng, frames, 1)[:, None]
@@ -226,7 +226,7 @@ def _movement(
     drawn = 0.5 * person["stance"] + rng.normal(0, 0.85, (4, 1)) + rng.normal(0, 0.16, (4, 2))
     middle = 0.38 * np.tanh(1.2 * drawn) * (1.0 - MIDDLE_MARGIN * amplitude)
     if expression:
-        middle[np.arange(4) != expression - 1] *= 0.25
+        middle[np.arange(4) != expression - 1] *= 0.15
     return middle + amplitude * (wave[:, :, None] - 0.5), blink
 
 
@@ -260,7 +260,7 @@ def _blinks(rng: np.random.Generator, frames: int, count: int) -> Array:
     if count:
         slot = frames / count
         for centre in (np.arange(count) + rng.uniform(0.2, 0.8, count)) * slot:
-            closed = np.maximum(closed, np.exp(-(((np.arange(frames) - centre) / 1.1) ** 4)))
+            closed = np.maximum(closed, np.exp(-(((np.arange(frames) - centre) / 1.4) ** 4)))
     return closed
 
 
@@ -319,7 +319,6 @@ def _curves(rng: np.random.Generator, person: dict[str, Any], move: Array, blink
     """Every curve of the face in its own frame, [T,N,2] px about the point between the eyes and the nose."""
     frames = len(move)
     out = np.zeros((frames, sum(_COUNTS.values()), 2))
-    both = move.mean(axis=2)
     gaze = np.stack([_wander(rng, frames, 0.5), _wander(rng, frames, 0.4)], axis=1) * 6 - 3
     gaze += rng.normal(0, 1.2, 2)
     # Eyes that blink often stand wider open between, so that where the lids are on average gives little away.
@@ -330,11 +329,19 @@ def _curves(rng: np.random.Generator, person: dict[str, Any], move: Array, blink
         out[:, _span(name), 0] = np.broadcast_to(x, shape)
         out[:, _span(name), 1] = np.broadcast_to(y, shape)
 
+    def pull(smile: float, frown: float, squeeze: float, clench: float) -> Array:
+        """What the four directions together move on each side, [T,2 sides]; every direction moves the whole face."""
+        return np.asarray(np.tensordot([smile, frown, squeeze, clench], move, (0, 1)))
+
+    def pull_both(*shares: float) -> Array:
+        """What they move in the middle of the face, [T,1]."""
+        return np.asarray(pull(*shares).mean(axis=1, keepdims=True))
+
     width = 74 * person["face_width"]
     bulge = np.exp(-(((np.cos(_JAW) ** 2 - 0.5) / 0.3) ** 2)) * np.sign(np.cos(_JAW))
     side = (np.cos(_JAW) < 0).astype(int)
     jaw_x = -width * np.sign(np.cos(_JAW)) * np.abs(np.cos(_JAW)) ** 0.8 - 6 * move[:, CLENCH][:, side] * bulge
-    jaw_y = -14 + (108 + person["chin"]) * np.sin(_JAW) ** 0.85 + 2.5 * both[:, [CLENCH]] * np.sin(_JAW) ** 4
+    jaw_y = -14 + (108 + person["chin"]) * np.sin(_JAW) ** 0.85 + pull_both(0, 0, 0, 2.5) * np.sin(_JAW) ** 4
     put("jaw", jaw_x, jaw_y)
     crown = np.linspace(0, np.pi, 15)
     put("crown", width * np.cos(crown), -14 - 86 * np.sin(crown))
@@ -348,16 +355,16 @@ def _curves(rng: np.random.Generator, person: dict[str, Any], move: Array, blink
     )
 
     for index, sign in _SIDES:
-        smile, frown, squeeze, _ = move[:, :, index].T[:, :, None]
-        brow_x = sign * (60 - 42 * _BROW - 8 * frown * _BROW**1.5)
-        brow_y = -46 + person["brow_y"] - 7 * np.sin(np.pi * (0.15 + 0.7 * _BROW)) + 8 * squeeze
-        brow_y = brow_y - 6 * smile + frown * (1 + 13 * _BROW**1.5)
+        smile, frown, squeeze, clench = move[:, :, index].T[:, :, None]
+        brow_x = sign * (60 - 42 * _BROW - 10 * frown * _BROW**1.5 - 7 * squeeze)
+        brow_y = -46 + person["brow_y"] - 7 * np.sin(np.pi * (0.15 + 0.7 * _BROW)) + 18 * squeeze
+        brow_y = brow_y - 10 * smile + frown * (8 + 14 * _BROW**1.5) + 6 * clench
         thick = person["brow_thick"] * (0.35 + 0.65 * _BROW)
         put(f"brow{index}", np.concatenate([brow_x, brow_x], axis=1), np.concatenate([brow_y, brow_y + thick], axis=1))
 
         shape = 1 - _LID**2
-        above = _soft(10 + aperture - 9.5 * squeeze - 5 * smile)
-        below = _soft(5 - 4.0 * squeeze - 1.5 * smile)
+        above = _soft(10 + aperture - 10 * squeeze - 5 * smile - 8 * frown - 5 * clench)
+        below = _soft(5 - 4 * squeeze - 1.5 * smile - 2 * frown - 2 * clench)
         closed = blink[:, index, None]
         eye_x = sign * (person["eye_gap"] - person["eye_width"] * _LID)
         upper = -16 - (above * (1 - closed) - below * closed) * shape
@@ -372,16 +379,16 @@ def _curves(rng: np.random.Generator, person: dict[str, Any], move: Array, blink
         out[:, _STARTS["iris"] + index, 0] = sign * person["eye_gap"] + gaze[:, 0]
         out[:, _STARTS["iris"] + index, 1] = -17 + gaze[:, 1] * 0.5
 
-    lift = -4 * both[:, [SQUEEZE]] - 5 * both[:, [SMILE]]
-    flare = 1 + 0.08 * both[:, [SMILE]] + 0.06 * both[:, [SQUEEZE]]
+    lift = pull_both(-9, 9, -12, -5)
+    flare = 1 + pull_both(0.08, -0.12, 0.12, 0.12)
     put("bridge", 0.0, np.array([-14, -3, 8, 19.0]) + lift * np.array([0.3, 0.4, 0.6, 0.8]))
     wing = np.array([-6, -9, -16, -14, -7, 0, 7, 14, 16, 9, 6]) * person["nose"]
     put("nostrils", wing * flare, np.array([-12, 6, 18, 25, 28, 30, 28, 25, 18, 6, -12]) + lift)
 
-    corner_x = 31 + 15 * move[:, SMILE] + 5 * move[:, CLENCH]
-    corner_y = 55 - 20 * move[:, SMILE] + 3 * move[:, CLENCH] + 2 * move[:, FROWN] - 4 * move[:, SQUEEZE]
-    gap = _soft(3 + rng.normal(0, 1.5) + 3.5 * both[:, [SMILE]] + 11 * both[:, [CLENCH]])
-    middle = 55 - 2 * both[:, [SMILE]]
+    corner_x = 31 + pull(22, -21, -22, 17)
+    corner_y = 55 + pull(-27, 24, -26, 14)
+    gap = _soft(3 + rng.normal(0, 1.5) + pull_both(7, 1, 1, 15))
+    middle = 55 + pull_both(-2, 2, -9, 1)
     red = 8 * person["lips"]
 
     def lip(places: Array, offset: Array, narrow: float) -> tuple[Array, Array]:

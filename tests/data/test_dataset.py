@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from qafe.config import PRESETS, Config, override, tiny
+from qafe.config import PRESETS, Config, HeatmapConfig, flatten, override, tiny
 from qafe.data import dataset as module
 from qafe.data.dataset import Clip, ClipBatch, ClipDataset, collate, load_clip, model_inputs
 from qafe.data.manifest import Sample, read_manifest
@@ -17,6 +18,8 @@ from qafe.errors import ManifestError
 from qafe.store import Store
 from tests import reference
 from tests.data.cohort import real_faces, write_cohort
+
+TINY = override(tiny(), {"data.repeats": 1, "data.heatmap.points": "all", "data.heatmap.skip_first": False})
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ def test_both_streams_are_mirrored_and_cropped_together(tmp_path: Path, preset: 
 
 def test_separate_draws_are_mirrored_against_each_other_in_half_of_the_clips(tmp_path: Path) -> None:
     store, sample = _dot_cohort(tmp_path)
-    config = override(tiny(), {"data.heatmap.colour": "grey", "data.repeats": 60, "data.augment.joint": False})
+    config = override(TINY, {"data.heatmap.colour": "grey", "data.repeats": 60, "data.augment.joint": False})
     clips = ClipDataset(store, [sample], config, train=True)
     apart = 0
     for index in range(len(clips)):
@@ -139,18 +142,18 @@ def test_separate_draws_are_mirrored_against_each_other_in_half_of_the_clips(tmp
 
 def test_flips_are_there_and_are_left_right(tmp_path: Path) -> None:
     store, sample = _dot_cohort(tmp_path)
-    still = override(tiny(), {"data.augment.flip": 0.0, "data.augment.crop": 1.0})
+    still = override(TINY, {"data.augment.flip": 0.0, "data.augment.crop": 1.0})
     turned = override(still, {"data.augment.flip": 1.0})
     plain, mirrored = (ClipDataset(store, [sample], config, train=True)[0] for config in (still, turned))
     assert torch.equal(plain.rgb.flip(2), mirrored.rgb)
     assert plain.points is not None
     assert mirrored.points is not None
-    torch.testing.assert_close(31 - plain.points[..., 0], mirrored.points[..., 0])
+    torch.testing.assert_close(still.data.heatmap.canvas_px - 1 - plain.points[..., 0], mirrored.points[..., 0])
     torch.testing.assert_close(plain.points[..., 1], mirrored.points[..., 1])
 
 
 def test_seed_epoch_and_index_decide(store: Store) -> None:
-    config = tiny()
+    config = TINY
     first, again = dataset(store, config), dataset(store, config)
     again[3], again[0]  # What was read before changes nothing.
     assert equal(first[5], again[5])
@@ -164,7 +167,7 @@ def test_seed_epoch_and_index_decide(store: Store) -> None:
 
 
 def test_workers_change_nothing_and_see_the_epoch(store: Store) -> None:
-    config = tiny()
+    config = TINY
     alone, shared = dataset(store, config), dataset(store, config)
     loader = DataLoader(
         shared, batch_size=4, collate_fn=collate, num_workers=2, persistent_workers=True, multiprocessing_context="fork"
@@ -184,7 +187,7 @@ def test_workers_change_nothing_and_see_the_epoch(store: Store) -> None:
 
 
 def test_evaluation_is_one_fixed_centre_clip(store: Store) -> None:
-    config = tiny()
+    config = TINY
     clips = dataset(store, config, train=False)
     assert len(clips) == 8
     once = clips[2]
@@ -204,12 +207,12 @@ def test_frames_are_decoded_once(store: Store, monkeypatch: pytest.MonkeyPatch) 
     read = Store.read_frames
     monkeypatch.setattr(Store, "read_frames", lambda *args: [reads.append(args[2]), read(*args)][1])
     for _ in range(3):
-        clips = dataset(store, tiny())
+        clips = dataset(store, TINY)
         for index in range(len(clips)):
             clips[index]
     assert len(reads) == 8
-    without = dataset(store, override(tiny(), {"data.memory_mb": 0}))
-    kept = dataset(store, tiny())
+    without = dataset(store, override(TINY, {"data.memory_mb": 0}))
+    kept = dataset(store, TINY)
     assert equal(without[1], kept[1])
     module.clear_memory()
     reads.clear()
@@ -233,8 +236,19 @@ def test_memory_stays_within_its_limit_and_lets_old_videos_go(store: Store) -> N
     assert [key[2] for key in memory._kept] == [samples[1].video]
 
 
+def test_workers_share_the_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    read = module._FRAMES.read
+    monkeypatch.setattr(module._FRAMES, "read", lambda *args: [given.append(args[-1]), read(*args)][1])
+    clips = dataset(store, override(TINY, {"data.memory_mb": 100}))
+    clips[0]
+    monkeypatch.setattr(module, "get_worker_info", lambda: SimpleNamespace(num_workers=4))
+    clips[0]
+    assert given == [100, 25]
+
+
 def test_rewritten_video_is_read_again(store: Store) -> None:
-    config = tiny()
+    config = TINY
     before = dataset(store, config, train=False)[0]
     patient, video = before.sample.patient, before.sample.video
     landmarks = store.read_landmarks(patient, video)
@@ -249,7 +263,7 @@ def test_rewritten_video_is_read_again(store: Store) -> None:
 
 @pytest.mark.parametrize("choice", ["all", "eyes_brows", "mouth", "nose"])
 def test_73_and_106_points_give_the_same_clip(store: Store, choice: str) -> None:
-    config = override(tiny(), {"data.heatmap.points": choice})
+    config = override(TINY, {"data.heatmap.points": choice})
     whole = dataset(store, config, train=False)[0]
     landmarks = store.read_landmarks(whole.sample.patient, whole.sample.video)
     assert landmarks is not None
@@ -258,13 +272,13 @@ def test_73_and_106_points_give_the_same_clip(store: Store, choice: str) -> None
 
 
 def test_skip_first_leaves_point_33_out(store: Store) -> None:
-    clips = [dataset(store, override(tiny(), {"data.heatmap.skip_first": skip}), train=False)[0] for skip in (0, 1)]
+    clips = [dataset(store, override(TINY, {"data.heatmap.skip_first": skip}), train=False)[0] for skip in (0, 1)]
     every, without = (clip.points for clip in clips)
     assert every is not None
     assert without is not None
     assert every.shape[1] == 73
     assert torch.equal(every[:, 1:], without)
-    mouth = override(tiny(), {"data.heatmap.skip_first": True, "data.heatmap.points": "mouth"})
+    mouth = override(TINY, {"data.heatmap.skip_first": True, "data.heatmap.points": "mouth"})
     points = dataset(store, mouth, train=False)[0].points
     assert points is not None
     assert points.shape[1] == 20
@@ -282,12 +296,13 @@ def _render(store: Store) -> None:
 
 def test_rendered_heatmaps_serve_the_published_settings_only(store: Store) -> None:
     _render(store)
-    config = override(tiny(), {"data.heatmap.canvas_px": 256, "data.heatmap.window_px": 5, "data.heatmap.blur_px": 7})
+    config = override(TINY, flatten(HeatmapConfig(), "data.heatmap."))
+    frames, side = config.model.clip_frames, config.model.heatmap.size_px
     batch = collate([dataset(store, config)[0], dataset(store, config)[1]])
     assert batch.points is None
     _, maps = model_inputs(batch, config)
-    assert maps.shape == (2, 3, 40, 28, 28)
-    torch.testing.assert_close(maps[:, 0], torch.full((2, 40, 28, 28), 200 / 255), atol=0.02, rtol=0)
+    assert maps.shape == (2, 3, frames, side, side)
+    torch.testing.assert_close(maps[:, 0], torch.full((2, frames, side, side), 200 / 255), atol=0.02, rtol=0)
     for name, value in (("colour", "grey"), ("sigma_px", 2.0), ("points", "mouth")):
         changed = override(config, {f"data.heatmap.{name}": value})
         with pytest.raises(ManifestError, match=rf"data\.heatmap\.{name}={value}.*--landmarks-only"):
@@ -304,7 +319,7 @@ def test_neither_landmarks_nor_heatmaps_everywhere(store: Store) -> None:
 
 
 def test_batch_moves_to_a_device(store: Store) -> None:
-    batch = collate([dataset(store, tiny())[0]]).to("meta")
+    batch = collate([dataset(store, TINY)[0]]).to("meta")
     assert batch.rgb.is_meta
     assert batch.points is not None
     assert batch.points.is_meta
@@ -313,7 +328,7 @@ def test_batch_moves_to_a_device(store: Store) -> None:
 
 def test_real_faces() -> None:
     store = Store(real_faces() / "prepared")
-    config = tiny()
+    config = TINY
     clips = ClipDataset(store, read_manifest(store).test, config, train=False)
     assert len(clips) == 11
     rgb, maps = model_inputs(collate([clips[0], clips[5]]), config)

@@ -1,30 +1,49 @@
 """The whole network and its encoders: shapes, row order, errors, and that it learns."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qafe.config import Config, HeatmapEncoderConfig, ModelConfig, RGBEncoderConfig, override, paper, small, tiny
+from qafe.config import Config, HeatmapEncoderConfig, RGBEncoderConfig, override, paper, small, tiny
 from qafe.errors import ConfigError
 from qafe.model.heatmap3d import SlowOnly
 from qafe.model.qafenet import QAFENet, build
 from qafe.model.spatial import SpatialFormer
 from qafe.model.temporal import TemporalFormer
 
+BASE = override(
+    tiny(),
+    {
+        "model.segments": 5,
+        "model.segment_frames": 8,
+        "model.rgb.size_px": 32,
+        "model.rgb.width": 8,
+        "model.rgb.spatial_heads": 4,
+        "model.rgb.temporal_heads": 4,
+        "model.rgb.spatial_mlp": 64,
+        "model.rgb.temporal_mlp": 128,
+        "model.heatmap.size_px": 28,
+        "model.heatmap.width": 4,
+        "model.heatmap.blocks": (1, 1, 1),
+        "model.fusion.width": 64,
+        "model.fusion.layers": 2,
+        "model.fusion.heads": 4,
+        "data.heatmap.colour": "jet",
+    },
+)
+"""The sizes that the numbers below are about, whatever the preset is tuned to."""
 
-def make(config: Config | None = None, seed: int = 0) -> QAFENet:
+
+def make(config: Config = BASE, seed: int = 0) -> QAFENet:
     torch.manual_seed(seed)
-    return build(config or tiny())
+    return build(config)
 
 
-def clips(
-    config: ModelConfig, count: int = 2, *, channels: int = 3, segments: int | None = None
-) -> tuple[Tensor, Tensor]:
+def clips(config: Config = BASE, count: int = 2, *, segments: int | None = None) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    frames = (segments or config.segments) * config.segment_frames
-    rgb, heatmap = config.rgb.size_px, config.heatmap.size_px
+    model, channels = config.model, config.data.heatmap.channels
+    frames = (segments or model.segments) * model.segment_frames
+    rgb, heatmap = model.rgb.size_px, model.heatmap.size_px
     return (
         torch.randn(count, 3, frames, rgb, rgb, generator=generator),
         torch.rand(count, channels, frames, heatmap, heatmap, generator=generator),
@@ -32,9 +51,9 @@ def clips(
 
 
 def test_one_score_a_clip() -> None:
-    config = tiny()
+    config = BASE
     net = make(config).eval()
-    rgb, heatmap = clips(config.model, 3)
+    rgb, heatmap = clips(config, 3)
     scores = net(rgb, heatmap)
     assert scores.shape == (3,)
     assert torch.allclose(scores[1:2], net(rgb[1:2], heatmap[1:2]), atol=1e-5), "clips do not touch each other"
@@ -45,9 +64,9 @@ def test_one_score_a_clip() -> None:
 
 @pytest.mark.parametrize("order", ["corrected", "reference"])
 def test_tokens_are_of_their_own_segment_and_clip(order: str) -> None:
-    config = override(tiny(), {"model.rgb_axis_order": order})
+    config = override(BASE, {"model.rgb_axis_order": order})
     net = make(config).eval()
-    rgb, heatmap = clips(config.model)
+    rgb, heatmap = clips(config)
     before = net.encode_rgb(rgb), net.encode_heatmap(heatmap)
     frames = config.model.segment_frames
     rgb[1, :, 3 * frames : 4 * frames] += 1
@@ -58,9 +77,9 @@ def test_tokens_are_of_their_own_segment_and_clip(order: str) -> None:
 
 
 def test_axis_orders_differ() -> None:
-    rgb, _ = clips(tiny().model)
+    rgb, _ = clips()
     right, published = (
-        make(override(tiny(), {"model.rgb_axis_order": order})).eval() for order in ("corrected", "reference")
+        make(override(BASE, {"model.rgb_axis_order": order})).eval() for order in ("corrected", "reference")
     )
     assert not torch.allclose(right.encode_rgb(rgb), published.encode_rgb(rgb), atol=1e-4)
 
@@ -75,7 +94,7 @@ class Seen(nn.Module):
 
 @pytest.mark.parametrize("order", ["corrected", "reference"])
 def test_frames_that_the_rgb_encoder_sees(order: str) -> None:
-    config = override(tiny(), {"model.rgb_axis_order": order})
+    config = override(BASE, {"model.rgb_axis_order": order})
     net = make(config).eval()
     seen = Seen()
     net.spatial = seen  # type: ignore[assignment]
@@ -94,7 +113,7 @@ def test_frames_that_the_rgb_encoder_sees(order: str) -> None:
 def test_gradient_reaches_every_trained_parameter(preset: type) -> None:
     config = preset()
     net = make(config).train()
-    net(*clips(config.model)).sum().backward()
+    net(*clips(config)).sum().backward()
     missing = [
         name for name, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum())
     ]
@@ -103,15 +122,15 @@ def test_gradient_reaches_every_trained_parameter(preset: type) -> None:
 
 @pytest.mark.parametrize("mixer", ["none", "attention_pool"])
 def test_other_numbers_of_segments(mixer: str) -> None:
-    config = override(tiny(), {"model.fusion.mixer": mixer})
+    config = override(BASE, {"model.fusion.mixer": mixer})
     net = make(config).eval()
     for segments in (1, 3, 7):
-        assert net(*clips(config.model, segments=segments)).shape == (2,)
+        assert net(*clips(config, segments=segments)).shape == (2,)
 
 
 def test_grey_heatmaps() -> None:
-    config = override(tiny(), {"data.heatmap.colour": "grey"})
-    assert make(config)(*clips(config.model, channels=1)).shape == (2,)
+    config = override(BASE, {"data.heatmap.colour": "grey"})
+    assert make(config)(*clips(config)).shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +150,11 @@ def test_grey_heatmaps() -> None:
 def test_refusals(change: object, message: str) -> None:
     net = make()
     with pytest.raises(ConfigError, match=message):
-        net(*change(*clips(tiny().model)))  # type: ignore[operator]
+        net(*change(*clips()))  # type: ignore[operator]
 
 
 def test_streams_of_different_clips_are_refused() -> None:
-    rgb, heatmap = clips(tiny().model)
+    rgb, heatmap = clips()
     # Through the check alone: in the tests the shapes in forward's signature are checked before it.
     with pytest.raises(ConfigError, match="same clips and frames, got 2 x 32 RGB and 2 x 40"):
         make()._check(rgb[:, :, :32], heatmap)
@@ -169,25 +188,25 @@ def test_heatmap_encoder_of_any_depth(blocks: tuple[int, ...]) -> None:
 
 
 def test_streams_of_other_widths_are_projected() -> None:
-    config = override(tiny(), {"model.heatmap.width": "8", "model.fusion.width": "32"})
+    config = override(BASE, {"model.heatmap.width": "8", "model.fusion.width": "32"})
     net = make(config)
     assert isinstance(net.fusion.project_rgb, nn.Linear)
-    assert net(*clips(config.model)).shape == (2,)
+    assert net(*clips(config)).shape == (2,)
     published = QAFENet(paper().model)
     assert not list(published.fusion.project_rgb.parameters())
 
 
 def test_a_new_network_says_something_small_about_each_clip() -> None:
-    config = tiny()
-    scores = torch.stack([make(config, seed).eval()(*clips(config.model, 4)) for seed in range(5)])
+    config = BASE
+    scores = torch.stack([make(config, seed).eval()(*clips(config, 4)) for seed in range(5)])
     assert scores.abs().max() < 20
     assert torch.isfinite(scores).all()
 
 
 def test_it_learns_four_clips_by_heart() -> None:
-    config = override(tiny(), {"model.segments": 2})
+    config = override(BASE, {"model.segments": 2})
     net = make(config).train()
-    inputs, target = clips(config.model, 4), torch.tensor([0.0, 1.0, 3.0, 4.0])
+    inputs, target = clips(config, 4), torch.tensor([0.0, 1.0, 3.0, 4.0])
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     for _ in range(40):
         optimizer.zero_grad()
@@ -198,19 +217,18 @@ def test_it_learns_four_clips_by_heart() -> None:
 
 
 def test_autocast_keeps_to_bfloat16() -> None:
-    config = tiny()
+    config = BASE
     net = make(config).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = net(*clips(config.model))
+        scores = net(*clips(config))
     scores.float().sum().backward()
     assert torch.isfinite(scores).all()
 
 
 @pytest.mark.gpu
 def test_cpu_and_gpu_agree() -> None:
-    config = replace(tiny())
-    net = make(config).eval()
-    inputs = clips(config.model)
+    net = make().eval()
+    inputs = clips()
     on_cpu = net(*inputs)
     on_gpu = net.cuda()(*(x.cuda() for x in inputs)).cpu()
     assert torch.allclose(on_cpu, on_gpu, atol=1e-3)

@@ -9,13 +9,14 @@ from qafe.config import PRESETS, flatten, override, tiny
 from qafe.errors import ConfigError
 from sweeps.searcher import OBJECTIVE, RAY_TRIAL, StudySearcher, open_study
 from sweeps.studies import STUDIES, find_study
+from sweeps.sweep import Suggester
 
 STUDY = STUDIES["fusion_search"]
 
 
 @pytest.fixture
 def searcher(tmp_path: Path) -> StudySearcher:
-    return StudySearcher(STUDY, tiny(), tmp_path / "study.journal", "s-1", seed=0)
+    return StudySearcher(STUDY, tiny(), frozenset(), tmp_path / "study.journal", "s-1", seed=0)
 
 
 def result(epoch: int, objective: float, finished: bool = False) -> dict[str, object]:
@@ -41,14 +42,14 @@ def test_every_point_of_every_study_is_a_config(name: str, preset: str) -> None:
     seen = set()
     for _ in range(100):
         trial = study.ask()
-        STUDIES[name].space(trial, base)
+        STUDIES[name].space(Suggester(trial, base))
         assert set(trial.params) <= known
         override(base, trial.params)
         seen |= set(trial.params)
     assert seen == STUDIES[name].names(base)
     study.enqueue_trial(STUDIES[name].baseline(base))
     trial = study.ask()
-    STUDIES[name].space(trial, base)
+    STUDIES[name].space(Suggester(trial, base))
     assert override(base, trial.params) == base
 
 
@@ -57,7 +58,7 @@ def test_heads_exist_only_where_something_attends() -> None:
     for kind, has_heads in (("cross", True), ("gated", True), ("concat", False), ("sum", False)):
         study.enqueue_trial({"model.fusion.kind": kind})
         trial = study.ask()
-        STUDY.space(trial, tiny())
+        STUDY.space(Suggester(trial, tiny()))
         assert ("model.fusion.heads" in trial.params) is has_heads
 
 
@@ -103,3 +104,43 @@ def test_a_restored_searcher_goes_on_with_its_open_trials(searcher: StudySearche
 def test_an_unknown_study_offers_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean fusion_search"):
         find_study("fusion_serch")
+
+
+def test_a_fixed_setting_is_not_searched(tmp_path: Path) -> None:
+    base = override(tiny(), {"model.fusion.kind": "concat", "data.heatmap.blur_px": 9})
+    pinned = frozenset({"model.fusion.kind", "data.heatmap.blur_px"})
+    searcher = StudySearcher(STUDY, base, pinned, tmp_path / "study.journal", "s-1", seed=0)
+    for name in "abcdef":
+        settings = searcher.suggest(name)["settings"]
+        assert not pinned & set(settings)
+        assert "model.fusion.heads" not in settings  # there is nothing that attends
+        assert override(base, settings).data.heatmap.blur_px == 9
+
+
+def test_what_cannot_be_searched_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing left to search"):
+        STUDIES["heatmap_search"].baseline(tiny(), STUDIES["heatmap_search"].names(tiny()))
+    with pytest.raises(ConfigError, match="must lie in the space of fusion_search"):
+        STUDY.baseline(override(tiny(), {"data.heatmap.blur_px": 9}))
+    narrow = override(tiny(), {"model.fusion.width": 36})
+    assert STUDY.baseline(narrow)["model.fusion.heads"] == 4
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
+    for _ in range(30):
+        trial = study.ask()
+        STUDY.space(Suggester(trial, narrow))
+        override(narrow, trial.params)
+
+
+def test_a_reopened_study_does_not_repeat_itself(searcher: StudySearcher) -> None:
+    first = [searcher.suggest(f"a{number}")["settings"] for number in range(5)]
+    again = pickle.loads(pickle.dumps(searcher))
+    second = [again.suggest(f"b{number}")["settings"] for number in range(4)]
+    assert not [settings for settings in second if settings in first]
+
+
+def test_a_refused_trial_is_a_failure(searcher: StudySearcher) -> None:
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", {"epoch": 0, OBJECTIVE: -1.0, "refused": "MediaError: x", "finished": False})
+    (trial,) = open_study(searcher.journal, "s-1").trials
+    assert trial.state == TrialState.FAIL
+    assert trial.intermediate_values == {}

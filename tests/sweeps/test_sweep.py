@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mlflow.entities import Run
 
 from qafe.history import read_history
 from qafe.store import Store
+from sweeps.run import main
 from sweeps.searcher import open_study
 from tests.conftest import QUICK_FLAGS
 from tests.tracking.stores import embedded, free_port
@@ -37,7 +39,7 @@ class Sweep:
 
     def start(self, *flags: str) -> subprocess.Popen[bytes]:
         with open(self.log, "ab") as out:
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": self.uri}
             line = [*self.line, *(flags or self.flags)]
             return subprocess.Popen(line, cwd=self.folder, env=environment, stdout=out, stderr=out)
 
@@ -171,7 +173,9 @@ def test_the_registry_lists_the_champion(champion: Sweep) -> None:
     assert version.tags["trial_run"] == champion.summary["best"]["run_id"]
 
 
-def test_the_champion_scores_as_its_training_run_did(champion: Sweep, sample_root: Path) -> None:
+def test_the_champion_scores_as_its_training_run_did(
+    champion: Sweep, sample_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     best = champion.summary["best"]
     checkpoint = sorted((champion.folder / "s-1").glob(f"trial_{best['trial']:03d}_*/checkpoint_*"))[-1]
     history = read_history(checkpoint)
@@ -188,7 +192,7 @@ def test_the_champion_scores_as_its_training_run_did(champion: Sweep, sample_roo
     assert printed.returncode == 0, printed.stderr
     assert float(printed.stdout.split()[0]) == pytest.approx(expected, abs=1e-5)
 
-    mlflow.set_tracking_uri(champion.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", champion.uri)
     model = mlflow.pyfunc.load_model("models:/qafe-net@champion")
     frame = pd.DataFrame({"clip": [row[0] for row in rows], "expression": [row[1] for row in rows]})
     assert model.predict(frame)["score"].tolist() == pytest.approx([row[2] for row in rows], abs=1e-5)
@@ -259,6 +263,9 @@ def test_ctrl_c_closes_the_runs_and_resume_finishes_them(interrupted: Sweep) -> 
     assert {run.info.status for run in before.values()} <= {"KILLED", "FINISHED"}
     assert not (sweep.folder / "summary.json").exists()
 
+    refused = sweep.start("--resume", "--trials", "9")
+    assert refused.wait(timeout=100) == 2
+    assert "a resumed sweep keeps its plan, got --trials" in sweep.text
     sweep.run("--resume", "--json", str(sweep.folder / "summary.json"))
     summary, after = sweep.summary, sweep.runs()
     assert [row["trial"] for row in sorted(summary["trials"], key=lambda row: row["trial"])] == [0, 1, 2]
@@ -291,31 +298,62 @@ def test_a_spent_time_budget_ends_the_sweep_with_its_report(sample_root: Path, t
         (["fusion_search", "--set", "model.fusion.layer=2"], "Did you mean model.fusion.layers"),
         (["fusion_search", "--data-root", "nowhere"], "nowhere"),
         (["fusion_search", "--trials", "0"], "--trials must be greater than 0"),
+        (["fusion_search", "--cpus-per-trial", "999"], "--cpus-per-trial must lie between 0 and"),
+        (["fusion_search", "--seed", "-1"], "--seed must not be negative"),
+        (["fusion_search", "--name", "it's"], "a sweep's name is made of letters"),
+        (["fusion_search", "--address", "auto"], "say --preset and --gpus-per-trial"),
+        (["fusion_search", "--json", "FILE/out.json"], "is a file"),
+        (["fusion_search", "--set", "train.precision=fp16", "--data-root", "SAMPLE"], "fp16 needs a GPU"),
+        (["fusion_search", "--set", "model.rgb.weights=none.pth", "--data-root", "SAMPLE"], "none.pth"),
         (["fusion_search", "--resume", "--name", "never"], "can be resumed"),
-        (["fusion_search", "--tracking-uri", "SERVER"], "the tracking server must answer"),
+        (["fusion_search", "--data-root", "SAMPLE", "--tracking-uri", "SERVER"], "the tracking server must answer"),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(
-    flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    words: str,
+    sample_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from sweeps.run import main
-
     monkeypatch.chdir(tmp_path)
-    uri = f"http://127.0.0.1:{free_port()}"
-    flags = [flag.replace("SERVER", uri) for flag in flags]
+    (tmp_path / "file").write_text("")
+    places = {"SERVER": f"http://127.0.0.1:{free_port()}", "SAMPLE": str(sample_root), "FILE": str(tmp_path / "file")}
+    for name, place in places.items():
+        flags = [flag.replace(name, place) for flag in flags]
     assert main([*flags, "--storage", str(tmp_path / "storage")]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert [line for line in printed.err.splitlines() if line.startswith("error: ") and words in line]
-    assert not (tmp_path / "storage").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
-def test_a_used_name_is_refused(done: Sweep, sample_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from sweeps.run import main
+def test_a_used_name_is_refused(
+    done: Sweep, sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for storage in (done.folder, tmp_path / "elsewhere"):
+        flags = ["--name", "s-1", "--storage", str(storage), "--tracking-uri", done.uri, *QUICK_FLAGS]
+        assert main(["fusion_search", "--data-root", str(sample_root), *flags]) == 2
+        assert "--resume --name s-1" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
 
-    flags = ["--name", "s-1", "--storage", str(done.folder), "--tracking-uri", done.uri]
-    assert main(["fusion_search", "--data-root", str(sample_root), *flags]) == 2
-    assert "--resume --name s-1" in capsys.readouterr().err
+
+def test_a_damaged_clip_fails_its_trials_at_once_and_names_nobody(sample_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(sample_root, tmp_path / "data")
+    frames = sorted((tmp_path / "data" / "frames").glob("*/*smile*/*.jpg"))
+    for frame in frames:
+        frame.write_bytes(frame.read_bytes()[:400])
+    sweep = Sweep(tmp_path, tmp_path / "data", "--trials", "2")
+    assert sweep.start().wait(timeout=300) == 2
+    assert "failed: MediaError" in sweep.text
+    assert "needs one finished trial" in sweep.text
+    runs = sweep.runs()
+    assert {run.info.status for run in runs.values()} == {"FAILED"}
+    everything = json.dumps([[run.data.params, run.data.tags] for run in runs.values()])
+    assert "MediaError" in everything
+    patients = [path.name for path in (sample_root / "frames").iterdir()]
+    assert not [name for name in patients if f"{name}/" in everything or f"/{name}" in everything]
 
 
 def test_luck_is_found_out_on_shuffled_labels(sample_root: Path, tmp_path: Path) -> None:

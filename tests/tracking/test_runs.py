@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from qafe.history import ExpressionHistory, write_history
 from qafe.train import fit
 from tracking.connection import connect, masked, resolve_uri
 from tracking.pseudonyms import key_path, load_key, pseudonym
-from tracking.runs import SweepTracker, main, replay
+from tracking.runs import SweepTracker, main, replay, sweep_exists
 
 from .stores import embedded, free_port, server
 
@@ -35,12 +36,13 @@ def checkpoint(sample_root: Path, quick: Config, tmp_path_factory: pytest.TempPa
     return folder
 
 
-def open_tracker(folder: Path, uri: str, sweep: str = "s-1") -> SweepTracker:
+def open_tracker(folder: Path, uri: str, sweep: str = "s-1", sweep_id: str = "0a" * 16) -> SweepTracker:
     return SweepTracker(
         folder / "tracking.jsonl",
         uri=uri,
         experiment="study",
         sweep=sweep,
+        sweep_id=sweep_id,
         params={"trials": 2, "long": "x" * 2000},
         tags={"mlflow.source.git.commit": "abc"},
         dataset=("sample", "d" * 64),
@@ -57,8 +59,14 @@ def steps_of(uri: str, run: Run, metric: str = "spearman") -> list[tuple[int, fl
     return [(row.step, row.value) for row in MlflowClient(uri).get_metric_history(run.info.run_id, metric)]
 
 
-def test_a_sweep_becomes_a_parent_and_its_children(tmp_path: Path, checkpoint: Path, sample_root: Path) -> None:
-    uri = embedded(tmp_path)
+def test_a_sweep_becomes_a_parent_and_its_children(
+    tmp_path: Path, checkpoint: Path, sample_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "a store"
+    store.mkdir()
+    uri = embedded(store)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     tracker = open_tracker(tmp_path, uri)
     tracker.trial_started("a", 0, {"train.lr": 0.1})
     tracker.trial_started("b", 1, {"train.lr": 0.2})
@@ -89,6 +97,8 @@ def test_a_sweep_becomes_a_parent_and_its_children(tmp_path: Path, checkpoint: P
     assert first.data.metrics["test_spearman"] == 0.25
     assert parent.data.metrics == {"best_spearman": 0.3}
 
+    assert (store / "mlruns" / "study" / first.info.run_id / "artifacts" / "config.json").is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())
     client = MlflowClient(uri)
     folder = Path(client.download_artifacts(first.info.run_id, "", str(tmp_path)))
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -117,9 +127,9 @@ def test_a_sweep_that_goes_on_finds_its_runs_and_repeats_nothing(tmp_path: Path)
     tracker.trial_started("a", 0, {"train.lr": 0.1})
     tracker.epoch("a", 1, {"spearman": 0.1})
     tracker.epoch("a", 2, {"spearman": 0.2})
-    tracker.trial_ended("a", "killed", folder=None, reason="sweep interrupted")
     tracker.sweep_ended("killed")
     assert tracker.close() == 0
+    assert runs_of(uri)["s-1-000"].data.tags["qafe.reason"] == "its sweep ended without it"
     assert {run.info.status for run in runs_of(uri).values()} == {"KILLED"}
 
     tracker = open_tracker(tmp_path, uri)
@@ -135,6 +145,91 @@ def test_a_sweep_that_goes_on_finds_its_runs_and_repeats_nothing(tmp_path: Path)
     assert sorted(runs) == ["s-1", "s-1-000"]
     assert steps_of(uri, runs["s-1-000"]) == [(1, 0.1), (2, 0.2), (3, 0.3)]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert runs["s-1-000"].data.tags["qafe.state"] == "finished"
+    assert "qafe.reason" not in runs["s-1-000"].data.tags
+
+
+def test_trials_that_a_crash_left_open_end_with_their_sweep(tmp_path: Path) -> None:
+    uri = embedded(tmp_path)
+    tracker = open_tracker(tmp_path, uri)
+    tracker.trial_started("a", 0, {})
+    tracker.trial_started("b", 1, {})
+    tracker.trial_ended("a", "finished", folder=None)
+    assert tracker.close() == 0
+    assert runs_of(uri)["s-1-001"].info.status == "RUNNING"
+
+    tracker = open_tracker(tmp_path, uri)
+    tracker.trial_started("c", 2, {})
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    runs = runs_of(uri)
+    states = {name: (run.info.status, run.data.tags["qafe.state"]) for name, run in runs.items()}
+    assert states == {
+        "s-1": ("FINISHED", "finished"),
+        "s-1-000": ("FINISHED", "finished"),
+        "s-1-001": ("FAILED", "failed"),
+        "s-1-002": ("FAILED", "failed"),
+    }
+    assert runs["s-1-001"].data.tags["qafe.reason"] == "its sweep ended without it"
+
+
+def test_two_sweeps_of_one_name_stay_apart(tmp_path: Path) -> None:
+    uri = embedded(tmp_path)
+    for person, rate in (("anna", 0.1), ("ben", 0.2)):
+        tracker = open_tracker(tmp_path / person, uri, sweep_id=person)
+        tracker.trial_started(f"of-{person}", 0, {"train.lr": rate})
+        tracker.sweep_ended("finished")
+        assert tracker.close() == 0
+    client = connect(uri)
+    experiment = client.get_experiment_by_name("study")
+    assert experiment is not None
+    for person, kept in (("anna", "0.1"), ("ben", "0.2")):
+        runs = client.search_runs([experiment.experiment_id], f"tags.`qafe.sweep_id` = '{person}'")
+        assert sorted(run.info.run_name for run in runs) == ["s-1", "s-1-000"]
+        assert [run.data.params["train.lr"] for run in runs if run.info.run_name == "s-1-000"] == [kept]
+    assert sweep_exists(client, "s-1")
+    assert not sweep_exists(client, "s-2")
+    with pytest.raises(TrackingError, match="only letters"):
+        sweep_exists(client, "it's")
+
+
+def test_a_damaged_checkpoint_does_not_hold_the_others_up(
+    tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = embedded(tmp_path)
+    damaged = {}
+    for name in ("config.json", "history.json", "smile/best.safetensors"):
+        damaged[name] = tmp_path / name.replace("/", "-")
+        shutil.copytree(checkpoint, damaged[name])
+        (damaged[name] / name).write_bytes(b"{")
+    damaged["gone"] = tmp_path / "gone"
+    tracker = open_tracker(tmp_path, uri)
+    for number, (name, folder) in enumerate(damaged.items()):
+        tracker.trial_started(name, number, {})
+        tracker.trial_ended(name, "finished", folder=folder)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    assert sum("gets no files" in line for line in caplog.messages) == 4
+    assert [run.info.status for run in runs_of(uri).values()] == ["FINISHED"] * 5
+
+
+def test_the_sender_outlives_what_it_cannot_foresee(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = embedded(tmp_path)
+    failures = [RuntimeError("a driver's own"), KeyError("another")]
+
+    def connect_at_last(uri: str) -> MlflowClient:
+        if failures:
+            raise failures.pop()
+        return connect(uri)
+
+    monkeypatch.setattr("tracking.runs.connect", connect_at_last)
+    tracker = open_tracker(tmp_path, uri)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    assert [run.info.status for run in runs_of(uri).values()] == ["FINISHED"]
+    assert sum("the tracking server must take a sweep's open entry" in line for line in caplog.messages) == 2
 
 
 def test_sending_a_spool_twice_changes_nothing(tmp_path: Path) -> None:
@@ -172,11 +267,14 @@ def test_a_server_that_is_away_costs_no_time_and_no_metric(tmp_path: Path) -> No
         assert run.info.status == "FINISHED"
 
 
-def test_the_store_must_answer() -> None:
+def test_the_store_must_answer(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="no answer from http://127"):
         connect(f"http://127.0.0.1:{free_port()}")
     with pytest.raises(TrackingError):
         connect("gopher://somewhere")
+    (tmp_path / "mlflow.db").write_text("no database at all, but a file of that name")
+    with pytest.raises(TrackingError, match="DatabaseError"):
+        connect(embedded(tmp_path))
 
 
 def test_a_spool_must_be_there_to_be_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +284,7 @@ def test_a_spool_must_be_there_to_be_replayed(tmp_path: Path, capsys: pytest.Cap
 
 def test_uris_are_absolute_and_passwords_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert resolve_uri() == embedded(tmp_path)
     assert resolve_uri("sqlite:///other.db") == embedded(tmp_path).replace("mlflow.db", "other.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
@@ -200,3 +299,13 @@ def test_the_pseudonym_key_stays_the_same_and_private() -> None:
     assert key_path().stat().st_mode & 0o077 == 0
     assert pseudonym("P01", key) == pseudonym("P01", key) != pseudonym("P02", key)
     assert pseudonym("P01", key) != pseudonym("P01", b"another key")
+
+
+@pytest.mark.parametrize("content", ["", "not hexadecimal", "ab12"])
+def test_a_damaged_key_gets_one_line(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAFE_PSEUDONYM_KEY_FILE", str(tmp_path / "my.key"))
+    (tmp_path / "my.key").write_text(content)
+    with pytest.raises(TrackingError, match=r"the pseudonym key must be .*my\.key is not") as raised:
+        load_key()
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / "my.key").read_text() == content

@@ -21,6 +21,12 @@ def test_a_used_port_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None
     assert f"127.0.0.1:{port}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("port", [0, 99999])
+def test_a_port_is_a_number_that_exists(port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--port", str(port)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: a port is a number from 1 to 65535, got {port}")
+
+
 def test_a_server_is_no_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--backend", "http://127.0.0.1:5000"]) == 2
     assert "the server keeps its data in a database" in capsys.readouterr().err

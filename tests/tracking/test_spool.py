@@ -19,6 +19,11 @@ def test_entries_come_back_in_order_until_they_are_marked(tmp_path: Path) -> Non
     assert [entry["number"] for entry in again.entries()] == [0, 1, 2, 3, 4]
 
 
+def test_a_spool_is_for_its_owner_alone(tmp_path: Path) -> None:
+    Spool(tmp_path / "spool.jsonl").append({"uri": "postgresql://user:secret@host/db"})
+    assert (tmp_path / "spool.jsonl").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_line_that_a_dying_process_left_half_written_is_cut_off(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool.jsonl")
     spool.append({"number": 0})
