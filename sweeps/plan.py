@@ -27,6 +27,7 @@ from qafe.errors import ConfigError
 from qafe.train import amp_dtype, fit
 from tracking.connection import connect, masked, resolve_uri
 from tracking.privacy import PATH_SETTINGS, without_paths
+from tracking.pseudonyms import load_key
 from tracking.runs import sweep_exists
 
 from .sweep import Study, trial_device
@@ -131,6 +132,7 @@ def make_plan(options: argparse.Namespace, study: Study, storage: Path) -> Plan:
         fit(config, part.store, part.train, part.validation, device=torch.device("cpu"))
     uri = resolve_uri(options.tracking_uri)
     client = connect(uri)
+    load_key()  # a damaged key is found now, not after the first trial
     if name and sweep_exists(client, name):
         raise _taken(name, masked(uri))
     storage.mkdir(parents=True, exist_ok=True)
