@@ -137,7 +137,6 @@ def give_up(study: optuna.Study) -> None:
 
 def open_study(journal: Path, sweep: str, seed: int = 0) -> optuna.Study:
     """The sweep's Optuna study; made if it is not there."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True: needed for branches
         study = optuna.create_study(

@@ -13,6 +13,8 @@ from qafe.config import Config, flatten, override
 from qafe.errors import ConfigError
 from qafe.train import pick_device
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study
+
 
 class Suggester:
     """Optuna's trial as a space sees it; settings that are pinned keep the base config's value.
