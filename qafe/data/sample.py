@@ -207,7 +207,8 @@ def _movement(
     wave = np.zeros((frames, 4))
     amplitude = np.zeros((4, 2))
     if expression == 0:
-        wave = np.stack([_wander(rng, frames, rng.uniform(0.5, 1.0)) for _ in range(4)], axis=1)
+        # A face at rest stirs as a whole: apart, the directions would cancel where they meet.
+        wave = np.repeat(_wander(rng, frames, rng.uniform(0.5, 1.0))[:, None], 4, axis=1)
         amplitude[:] = 0.62 * vigour * sides
         count = int(np.clip(np.rint(3.2 - 0.75 * severity + rng.normal(0, 0.4)), 0, 3))
         blink = _blinks(rng, frames, count)[:, None] * np.clip(1.1 - 0.15 * severity, 0.4, 1) * sides

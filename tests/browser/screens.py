@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from playwright.sync_api import Page, expect, sync_playwright
 
 PATIENCE_MS = 60_000
@@ -26,6 +27,11 @@ PREFERENCES = """
 localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');
 localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
 """
+HIDE_PATHS = """
+for (const part of document.querySelectorAll('main *, [class*=artifact] *, section *, div'))
+    if (part.children.length < 3 && part.textContent.startsWith('Path:')) part.style.visibility = 'hidden';
+"""
+"""A picture for others shows no folder of this machine."""
 
 
 def chromium() -> str | None:
@@ -65,8 +71,12 @@ class Screens:
         for text in shown:
             expect(self.page.get_by_text(text).first).to_be_visible(timeout=PATIENCE_MS)
 
+    def _run(self, run: Run, view: str) -> str:
+        return f"experiments/{self.experiment_id}/runs/{run.info.run_id}/{view}?workflowType=machine_learning"
+
     def _take(self, name: str) -> Path:
         self.page.wait_for_timeout(2500)  # charts are drawn after their text is there
+        self.page.evaluate(HIDE_PATHS)
         path = self.folder / f"{name}.png"
         self.page.screenshot(path=path)
         return path
@@ -82,19 +92,17 @@ class Screens:
 
     def report(self) -> Path:
         """The sweep's own run: its report with verdict and plots."""
-        path = f"experiments/{self.experiment_id}/runs/{self.parent.info.run_id}/artifacts/report.html"
-        self._open(path, "best_trials.csv")
+        self.page.set_viewport_size({"width": 1440, "height": 1000})
+        self._open(self._run(self.parent, "artifacts/report.html"), "best_trials.csv")
         frame = self.page.frame_locator("iframe")
         expect(frame.get_by_text("Luck:")).to_be_visible(timeout=PATIENCE_MS)
         expect(frame.get_by_text("best so far").first).to_be_visible(timeout=PATIENCE_MS)
-        frame.get_by_text("Parallel coordinates").scroll_into_view_if_needed()
+        frame.locator("h2", has_text="Parallel coordinates").evaluate("title => title.scrollIntoView()")
         return self._take("report")
 
     def trial(self) -> Path:
         """The best trial's predictions against the truth."""
-        run_id = self.trials[0].info.run_id
-        path = f"experiments/{self.experiment_id}/runs/{run_id}/artifacts"
-        self._open(path, "predictions.csv")
+        self._open(self._run(self.trials[0], "artifacts"), "predictions.csv")
         self.page.get_by_text("figures").first.click()
         self.page.get_by_text("predicted_against_true.png").first.click(timeout=PATIENCE_MS)
         expect(self.page.locator("img[src^='blob:'], img[src*='get-artifact']").first).to_be_visible(
