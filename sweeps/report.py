@@ -7,7 +7,6 @@ epoch that was looked at), and its Spearman on test patients that took no part i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +63,6 @@ class TestResult:
 
     spearman: dict[str, float]
     interval: dict[str, metrics.Interval]
-    ids: dict[str, list[str]] = dataclasses.field(repr=False)
-    predictions: dict[str, list[float]] = dataclasses.field(repr=False)
 
     @property
     def mean(self) -> float:
@@ -143,7 +140,7 @@ def _score_test(checkpoint: Path, data_root: str, expressions: tuple[str, ...], 
     config = configs.from_json((checkpoint / CONFIG_FILE).read_text())
     cohort = load_cohort(data_root, config.data)
     device = trial_device(gpus)
-    spearman, interval, ids, predictions = {}, {}, {}, {}
+    spearman, interval = {}, {}
     for expression in expressions:
         part = cohort.only(expression)
         if not part.test:
@@ -153,11 +150,9 @@ def _score_test(checkpoint: Path, data_root: str, expressions: tuple[str, ...], 
         target = [sample.score for sample in part.test]
         spearman[expression] = metrics.spearman(scores, target)
         interval[expression] = metrics.spearman_interval(scores, target, [sample.patient for sample in part.test])
-        ids[expression] = [sample.id for sample in part.test]
-        predictions[expression] = scores.tolist()
     if not spearman:
         return None
-    return TestResult(spearman=spearman, interval=interval, ids=ids, predictions=predictions)
+    return TestResult(spearman=spearman, interval=interval)
 
 
 def validation_interval(checkpoint: Path) -> dict[str, metrics.Interval]:
