@@ -1,16 +1,20 @@
-"""python -m qafe sample | train | score"""
+"""python -m qafe prepare | sample | train | score"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import os
+import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,19 +22,153 @@ from . import config as configs
 from . import console, metrics
 from .config import EXPRESSIONS, PRESETS
 from .data.cohort import choose_expressions, load_cohort
+from .data.manifest import read_manifest
 from .data.sample import SampleConfig, make_sample
 from .errors import CheckpointError, ConfigError
+from .faces.detect import DEFAULT_MODELS, DEFAULT_ROOT
+from .faces.prepare import Outcome, PrepareSettings, add_landmarks, prepare_cohort
+from .faces.track import TrackSettings
 from .history import ExpressionHistory, History, write_history
+from .store import Store
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     parser = console.parser("python -m qafe", "Train and use QAFE-Net on prepared face clips.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="sample | train | score")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="prepare | sample | train | score")
+    _add_prepare(commands)
     _add_sample(commands)
     _add_train(commands)
     _add_score(commands)
     return console.run(lambda options: int(options.run(options)), parser, argv)
+
+
+def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    sub = commands.add_parser(
+        "prepare",
+        help="make a prepared dataset out of recordings, or landmarks for one",
+        description="Follows one face through each recording, crops it, finds 106 landmarks, and files all of it as a "
+        "prepared dataset with a quality report. With --landmarks-only: adds landmarks to a dataset of face crops.",
+    )
+    sub.add_argument("folders", type=Path, nargs="+", metavar="VIDEOS OUT", help="OUT alone with --landmarks-only")
+    sub.add_argument("--labels", type=Path, help="CSV: video, expression, score; also patient, fps, start, end")
+    sub.add_argument("--landmarks-only", action="store_true", help="add landmarks to the crops in OUT")
+    sub.add_argument("--models", default=DEFAULT_MODELS, help="InsightFace's model pack (default: %(default)s)")
+    sub.add_argument("--model-root", type=Path, default=DEFAULT_ROOT, help="holds models/<pack> (default: %(default)s)")
+    sub.add_argument(
+        "--crop",
+        choices=("per_video", "per_frame"),
+        default="per_video",
+        help="per_video: one square for the whole recording, so that what moves in the crop moved in the room. "
+        "per_frame: the box of each frame, as the authors of QAFE-Net do; it takes head motion away and adds the "
+        "jitter of the box to every landmark (default: %(default)s)",
+    )
+    sub.add_argument("--fps", type=float, help="resample to this rate by timestamps (default: as recorded)")
+    sub.add_argument("--trim", default="start,end", help="labels' columns with the first and last second (%(default)s)")
+    sub.add_argument("--smooth", action="store_true", help="smooth landmarks with a 1 Euro filter (default: do not)")
+    usual = TrackSettings()
+    sub.add_argument(
+        "--detect-every", type=int, default=usual.every_frames, help="search whole frames this often (%(default)s)"
+    )
+    sub.add_argument(
+        "--max-gap", type=int, default=usual.gap_frames, help="missed frames in a row to fill in (%(default)s)"
+    )
+    sub.add_argument(
+        "--min-detected", type=float, default=usual.min_detected, help="least share of frames with the face %(default)s"
+    )
+    who = sub.add_mutually_exclusive_group()
+    who.add_argument("--test-patients", help="who is tested on, with commas between them")
+    who.add_argument("--test-fraction", type=float, default=0.25, help="share of patients to draw (%(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    sub.add_argument("--resume", action="store_true", help="keep what an earlier run finished, and do the rest")
+    sub.add_argument("--with-images", action="store_true", help="draw faces into report.html")
+    sub.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    sub.add_argument("--memory-mb", type=int, default=512, help="decoded frames that a worker may hold (%(default)s)")
+    sub.add_argument("--address", help="run on this Ray cluster (e.g. auto); it must see the same folders")
+    sub.set_defaults(run=_prepare)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    expected = 1 if options.landmarks_only else 2
+    if len(options.folders) != expected:
+        usage = "prepare --landmarks-only OUT" if options.landmarks_only else "prepare VIDEOS OUT --labels labels.csv"
+        raise ConfigError(f"{expected} folder(s) must be given, got {len(options.folders)}. Use: {usage}.")
+    if options.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {options.workers}. Correct it.")
+    settings = PrepareSettings(
+        models=options.models,
+        model_root=options.model_root,
+        crop=options.crop,
+        fps=options.fps,
+        smooth=options.smooth,
+        track=TrackSettings(
+            every_frames=options.detect_every, gap_frames=options.max_gap, min_detected=options.min_detected
+        ),
+        memory_mb=options.memory_mb,
+    )
+    out = options.folders[-1]
+    with contextlib.ExitStack() as stack:
+        executor = _ray_executor(stack, options.address) if options.address else None
+        progress = stack.enter_context(console.progress(f"preparing {out}"))
+        shared = {
+            "resume": options.resume,
+            "executor": executor,
+            "workers": options.workers,
+            "progress": progress,
+            "say": lambda text: print(f"refused: {' '.join(text.splitlines())}", file=sys.stderr, flush=True),
+        }
+        try:
+            if options.landmarks_only:
+                outcome = add_landmarks(out, settings, **shared)
+            else:
+                outcome = _prepare_cohort(options, settings, shared)
+        except OSError as err:
+            raise _unwritable(out, err) from err
+        except KeyboardInterrupt:
+            print("What is finished is kept: the same command with --resume goes on.", file=sys.stderr)
+            raise
+    for warning in outcome.warnings:
+        print(f"note: {' '.join(warning.splitlines())}", file=sys.stderr)
+    kept = f" ({outcome.kept} of them by an earlier run)" if outcome.kept else ""
+    print(
+        f"{outcome.prepared} videos prepared{kept}, {len(outcome.problems)} refused; the face was detected in "
+        f"{100 * outcome.detected:.1f} % of the frames"
+    )
+    if not options.landmarks_only:
+        print(f"Look at:    {out / 'report.html'}")
+        print(f"Search:     python -m sweeps.run fusion_search --data-root {shlex.quote(str(out))}")
+    return console.USER_ERROR if outcome.problems else 0
+
+
+def _prepare_cohort(options: argparse.Namespace, settings: PrepareSettings, shared: dict[str, Any]) -> Outcome:
+    if options.labels is None:
+        raise ConfigError("prepare needs the labels of the videos, got none. Add --labels labels.csv.")
+    trim = [name.strip() for name in options.trim.split(",")]
+    if len(trim) != 2 or not all(trim):
+        raise ConfigError(f"--trim must name two columns of the labels, got {options.trim!r}. Use --trim start,end.")
+    wanted = options.test_patients
+    outcome = prepare_cohort(
+        options.folders[0],
+        options.folders[1],
+        options.labels,
+        settings,
+        trim=(trim[0], trim[1]),
+        test_patients=[name.strip() for name in wanted.split(",") if name.strip()] if wanted is not None else None,
+        test_fraction=options.test_fraction,
+        seed=options.seed,
+        with_images=options.with_images,
+        **shared,
+    )
+    read_manifest(Store(options.folders[-1]))
+    return outcome
+
+
+def _ray_executor(stack: contextlib.ExitStack, address: str) -> Executor:
+    found = list(entry_points(group="qafe.executors", name="ray"))
+    if not found:
+        raise ConfigError("--address needs Ray, which comes with the whole project. Install it: pip install -e .")
+    executor: Executor = found[0].load()(address)
+    return stack.enter_context(executor)
 
 
 def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,7 +203,7 @@ def _sample(options: argparse.Namespace) -> int:
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     sub = commands.add_parser("train", help="train one model for each expression, without Ray or MLflow")
     sub.add_argument("--data-root", type=Path, required=True, help="a prepared dataset")
-    sub.add_argument("--expression", default="smile", help="one, several with commas, or all (default: smile)")
+    sub.add_argument("--expression", help="one, several with commas, or all (default: smile, or the only one)")
     sub.add_argument("--preset", choices=sorted(PRESETS), default="paper")
     sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="e.g. model.fusion.layers=2")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")

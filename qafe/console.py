@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import rich.console
@@ -26,20 +27,28 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows long work on stderr: gives a function to call with (done, in all). Plain lines without a terminal."""
+    """Shows long work on stderr, with the time left: gives a function to call with (done, in all).
+
+    Plain lines without a terminal.
+    """
     if not sys.stderr.isatty():
         print(title, file=sys.stderr, flush=True)
-        said = 0
+        start, said = time.monotonic(), 0
 
         def say(done: int, total: int) -> None:
             nonlocal said
             if 4 * done // total > said:
                 said = 4 * done // total
-                print(f"  {100 * done // total} %", file=sys.stderr, flush=True)
+                left = (time.monotonic() - start) * (total - done) / done
+                rest = f", about {left:.0f} s left" if done < total else ""
+                print(f"  {100 * done // total} %{rest}", file=sys.stderr, flush=True)
 
         yield say
         return
-    with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
+    columns = (*rich.progress.Progress.get_default_columns()[:-1], rich.progress.MofNCompleteColumn())
+    with rich.progress.Progress(
+        *columns, rich.progress.TimeRemainingColumn(), console=rich.console.Console(stderr=True)
+    ) as bar:
         task = bar.add_task(title)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -56,7 +65,7 @@ def run(
         format="%(name)s: %(message)s",
         stream=sys.stderr,
     )
-    logging.getLogger("qafe").setLevel(logging.INFO)
+    logging.getLogger("qafe").setLevel(logging.DEBUG if options.debug else logging.INFO)
     try:
         return command(options)
     except QafeError as err:

@@ -5,22 +5,25 @@ ROOT/frames/<patient>/<video>/img_00001.jpg ...     square face crops (256 px as
 ROOT/landmarks/<patient>/<video>.npy                [T,106,2] or [T,73,2] float32, (x, y) pixels in the crop
 ROOT/landmarks_heatmap/<patient>/<video>/*.jpg      heatmaps rendered by the authors (instead of landmarks)
 ROOT/<name>_train.csv, ROOT/<name>_test.csv         id, label, frames, class
+ROOT/quality/<patient>/<video>.json                 how the video was prepared, and how well it shows the face
 ```
-Source: the layout that the QAFE-Net authors give PFED5 (arXiv:2312.00856); ``landmarks/`` is ours, so that
-heatmaps can be drawn anew with other settings.
+Source: the layout that the QAFE-Net authors give PFED5 (arXiv:2312.00856); ``landmarks/`` and
+``quality/`` are ours; with landmarks, heatmaps can be drawn anew with other settings.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -286,11 +289,7 @@ class Store:
         *,
         quality: int = 95,
     ) -> None:
-        """Writes a video's frames and landmarks, replacing what was there.
-
-        Everything is written beside and renamed, the frames last: an interrupted run leaves no half video.
-        Single JPEGs are not fsynced (thousands of them would take minutes): one that a power cut left short
-        is refused by `read_frames`.
+        """Writes a video's frames and landmarks, replacing what was there; see `write_chunks`.
 
         Args:
             frames: uint8 RGB [T,H,W,3], H = W.
@@ -299,33 +298,52 @@ class Store:
         Raises:
             ManifestError: the arrays do not fit each other or this layout.
         """
+        _check_chunk(frames, landmarks, f"{patient}/{video}")
+        self.write_chunks(patient, video, [(frames, landmarks)], quality=quality)
+
+    def write_chunks(
+        self,
+        patient: str,
+        video: str,
+        chunks: Iterable[tuple[Frames, npt.NDArray[np.floating]]],
+        *,
+        quality: int = 95,
+    ) -> int:
+        """Writes a video chunk by chunk, so that a long one need not fit into memory; returns its frames.
+
+        Everything is written beside and renamed, the frames last: an interrupted run leaves no half video.
+        Single JPEGs are not fsynced (thousands of them would take minutes): one that a power cut left short
+        is refused by `read_frames`.
+
+        Args:
+            chunks: (frames, landmarks) as `write_video` takes them, in order.
+            quality: of the JPEGs, 1-100.
+        Raises:
+            ManifestError: the arrays do not fit each other or this layout.
+        """
         place = f"{patient}/{video}"
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
-            raise ManifestError(
-                f"frames must be uint8 [T,H,W,3] with T at least 1, got {frames.dtype} {list(frames.shape)} "
-                f"({place}). Decode the video to RGB first."
-            )
-        _check_landmarks(landmarks, place, "Give one row of points for each frame.")
-        if len(landmarks) != len(frames):
-            raise ManifestError(
-                f"there must be landmarks for every frame, got {len(landmarks)} for {len(frames)} frames "
-                f"({place}). Give one row of points for each frame."
-            )
         folder = self._frames_folder(patient, video)
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{video}.", dir=folder.parent))
+        number, points = 0, []
         try:
-            for number, frame in enumerate(frames, start=1):
-                done, data = cv2.imencode(
-                    ".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality]
-                )
-                assert done, "OpenCV encodes any uint8 RGB frame"
-                (beside / f"img_{number:05d}.jpg").write_bytes(data.tobytes())
+            for frames, landmarks in chunks:
+                _check_chunk(frames, landmarks, place)
+                for frame in frames:
+                    number += 1
+                    bgr = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
+                    done, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+                    assert done, "OpenCV encodes any uint8 RGB frame"
+                    (beside / f"img_{number:05d}.jpg").write_bytes(data.tobytes())
+                points.append(landmarks)
             beside.chmod(0o755)
-            self.write_landmarks(patient, video, landmarks)
+            self.write_landmarks(patient, video, np.concatenate(points))
             _replace_folder(beside, folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()  # if nothing came to stand in it
+        return number
 
     def write_landmarks(self, patient: str, video: str, landmarks: npt.NDArray[np.floating]) -> None:
         """Writes a video's landmarks [T,P,2] alone (what ``prepare --landmarks-only`` needs).
@@ -336,7 +354,7 @@ class Store:
         _check_landmarks(landmarks, f"{patient}/{video}", "Give one row of points for each frame.")
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(landmarks, dtype=np.float32), allow_pickle=False)
-        _write_file(self.landmarks_path(patient, video), buffer.getvalue())
+        write_file(self.landmarks_path(patient, video), buffer.getvalue())
 
     def write_csv(self, split: Split, rows: Sequence[CsvRow | tuple[str, float, int, str]], name: str) -> Path:
         """Writes ``<name>_<split>.csv``, one row a video, and returns its path."""
@@ -347,16 +365,60 @@ class Store:
             known = EXPRESSIONS.index(expression) if expression in EXPRESSIONS else expression
             writer.writerow([video_id, f"{label:.10g}", frames, known])
         path = self.root / f"{name}_{split}.csv"
-        _write_file(path, text.getvalue().encode())
+        write_file(path, text.getvalue().encode())
         return path
+
+    def read_quality(self, patient: str, video: str) -> dict[str, Any] | None:
+        """What `write_quality` kept of a video; None if it is not there or damaged."""
+        try:
+            found = json.loads(self._quality_path(patient, video).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def write_quality(self, patient: str, video: str, record: Mapping[str, Any]) -> None:
+        """Keeps how a video was prepared; written last, it says that the video is whole."""
+        text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        write_file(self._quality_path(patient, video), text.encode("utf-8", "backslashreplace"))
+
+    def videos(self) -> list[tuple[str, str]]:
+        """(patient, video) of every folder of frames, in natural order."""
+        found = [path for path in (self.root / "frames").glob("*/*") if path.is_dir() and path.name[0] != "."]
+        return sorted(((path.parent.name, path.name) for path in found), key=lambda item: list(map(_natural, item)))
+
+    def clear_leftovers(self) -> None:
+        """Removes what a killed process left half-written. Nobody else may be writing here."""
+        for pattern in (".*.csv.*", ".*.json.*", ".*.html.*", "frames/*/.*.*", "landmarks/*/.*.*", "quality/*/.*.*"):
+            for path in self.root.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     # ---------------------------------------------------------------- folders
 
     def _frames_folder(self, patient: str, video: str) -> Path:
         return self.root / "frames" / patient / video
 
+    def _quality_path(self, patient: str, video: str) -> Path:
+        return self.root / "quality" / patient / f"{video}.json"
+
     def _heatmaps_folder(self, patient: str, video: str) -> Path:
         return self.root / "landmarks_heatmap" / patient / video
+
+
+def _check_chunk(frames: Frames, landmarks: npt.NDArray[np.floating], place: str) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
+        raise ManifestError(
+            f"frames must be uint8 [T,H,W,3] with T at least 1, got {frames.dtype} {list(frames.shape)} "
+            f"({place}). Decode the video to RGB first."
+        )
+    _check_landmarks(landmarks, place, "Give one row of points for each frame.")
+    if len(landmarks) != len(frames):
+        raise ManifestError(
+            f"there must be landmarks for every frame, got {len(landmarks)} for {len(frames)} frames "
+            f"({place}). Give one row of points for each frame."
+        )
 
 
 def _check_landmarks(points: npt.NDArray[np.generic], place: str, step: str, *, values: bool = True) -> None:
@@ -447,7 +509,7 @@ def _read_rendered(path: Path, size_px: int) -> Frames:
     return np.asarray(whole, dtype=np.uint8)
 
 
-def _write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """Beside, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -123,7 +123,7 @@ def make_plan(options: argparse.Namespace, study: Study, storage: Path) -> Plan:
     config = _with_whole_paths(configs.override(PRESETS[preset](), settings))
     data_root = (options.data_root or sample_root()).resolve()
     cohort = load_cohort(data_root, config.data)
-    expressions = choose_expressions(cohort.manifest, options.expression or "smile")
+    expressions = choose_expressions(cohort.manifest, options.expression)
     pinned = study.names(config) & (frozenset(settings) | _without_landmarks(cohort, expressions))
     study.baseline(config, pinned)
     amp_dtype(config.train, trial_device(gpus_per_trial))

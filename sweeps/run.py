@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("study", nargs="?", help=f"what to search: {', '.join(STUDIES)}")
     parser.add_argument("--list", action="store_true", help="list the studies and stop")
     parser.add_argument("--data-root", type=Path, help="a prepared dataset (default: the generated sample)")
-    parser.add_argument("--expression", help="one, several with commas, or all (default: smile)")
+    parser.add_argument("--expression", help="one, several with commas, or all (default: smile, or the only one)")
     parser.add_argument(
         "--preset", choices=sorted(PRESETS), help="default: paper where there are a GPU and --data-root, else tiny"
     )

@@ -52,12 +52,16 @@ def load_cohort(root: Path | str, settings: DataConfig) -> Cohort:
     return Cohort(store, manifest, train, validation, test)
 
 
-def choose_expressions(manifest: Manifest, wanted: str) -> tuple[str, ...]:
+def choose_expressions(manifest: Manifest, wanted: str | None) -> tuple[str, ...]:
     """The expressions that ``--expression`` names: one, several with commas between them, or ``all``.
+
+    Without a name it is the only one of the dataset, or smile.
 
     Raises:
         ManifestError: one of them is not in the dataset.
     """
+    if wanted is None:
+        wanted = manifest.expressions[0] if len(manifest.expressions) == 1 else "smile"
     known = sorted(
         manifest.expressions, key=lambda name: (EXPRESSIONS.index(name) if name in EXPRESSIONS else 99, name)
     )

@@ -6,16 +6,14 @@ training starts, any expression name and any finite label are taken, and the dat
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..config import EXPRESSIONS
 from ..errors import ManifestError
 from ..store import CSV_COLUMNS, Split, Store
+from ..tables import read_rows
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -71,7 +69,7 @@ def read_manifest(store: Store) -> Manifest:
     for split in SPLITS:
         path = store.csv_path(split)
         found = []
-        for line, row in _read_rows(path):
+        for line, row in read_rows(path, CSV_COLUMNS, "a row for each video"):
             place = f"{path.name} line {line}"
             sample = _read_sample(store, row, place)
             if sample.id in lines:
@@ -92,41 +90,6 @@ def read_manifest(store: Store) -> Manifest:
         samples[split] = tuple(found)
     name = store.csv_path("train").name.removesuffix("_train.csv")
     return Manifest(name=name, train=samples["train"], test=samples["test"], digest=digest.hexdigest())
-
-
-def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line number, row) pairs; blank lines are passed over."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as err:
-        raise ManifestError(f"{path.name} must be UTF-8 text, and is not ({err}). Save it as UTF-8.") from err
-    except OSError as err:
-        raise ManifestError(f"{path.name} cannot be read ({err}). Check the file's permissions.") from err
-    reader = csv.reader(io.StringIO(text, newline=""))
-    header = [name.strip().lower() for name in next(reader, [])]
-    missing = [name for name in CSV_COLUMNS if name not in header]
-    if not any(header):
-        raise ManifestError(
-            f"{path.name} must start with a header, and is empty. Write id,label,frames,class and a row a video."
-        )
-    if missing:
-        raise ManifestError(
-            f"{path.name} line 1: the columns must be {', '.join(CSV_COLUMNS)}, missing {', '.join(missing)} "
-            f"in {','.join(header)!r}. Add them to the header."
-        )
-    rows = []
-    for cells in reader:
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(header):
-            raise ManifestError(
-                f"{path.name} line {reader.line_num}: a row must have {len(header)} values as the header has, "
-                f"got {len(cells)}. Correct the row."
-            )
-        rows.append((reader.line_num, {key: cell.strip() for key, cell in zip(header, cells, strict=True)}))
-    if not rows:
-        raise ManifestError(f"{path.name} must have at least one row, got none. Add a row for each video.")
-    return rows
 
 
 def _read_sample(store: Store, row: dict[str, str], place: str) -> Sample:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import ManifestError
+from ..strata import draw_patients
 from .manifest import Sample
 
 
@@ -20,10 +21,8 @@ def split_validation(
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """(training, validation) samples with whole patients on either side.
 
-    Patients are sorted by their mean score and cut into as many strata as validation needs patients; one is
-    drawn from each, so that both sides cover mild and severe cases. With four patients or more each side gets
-    at least two. The draw depends on the patients, their mean scores, the fraction and the seed only: give all
-    expressions at once and filter afterwards, and every expression has the same validation patients.
+    Patients are drawn by `qafe.strata.draw_patients`. Give all expressions at once and filter afterwards, and every
+    expression has the same validation patients.
 
     Args:
         samples: all training samples, of every expression.
@@ -40,11 +39,7 @@ def split_validation(
             "a validation split needs at least 2 patients in the training CSV (whole patients are held out), "
             f"got {len(scores)}. Add videos of other patients."
         )
-    rng = np.random.default_rng(seed)
-    least = 2 if len(scores) >= 4 else 1
-    count = min(max(round(fraction * len(scores)), least), len(scores) - least)
-    ranked = sorted(scores, key=lambda patient: (float(np.mean(sorted(scores[patient]))), patient))
-    held = {ranked[int(rng.choice(stratum))] for stratum in np.array_split(np.arange(len(ranked)), count)}
+    held = draw_patients(scores, fraction, seed)
     training = tuple(sample for sample in samples if sample.patient not in held)
     validation = tuple(sample for sample in samples if sample.patient in held)
     return training, validation
