@@ -35,6 +35,8 @@ class Recording:
     end_s: float | None
     source_hz: float | None
     """The frame rate that the labels give, stronger than the file's."""
+    code: str = ""
+    """The patient as the labels or the folders write it."""
 
     @property
     def id(self) -> str:
@@ -94,20 +96,20 @@ def read_labels(
             continue
         recordings.append(recording)
         lines.setdefault(recording.id.casefold(), []).append(line)
-    folders = {recording.patient.casefold(): recording.patient for recording in reversed(recordings)}
+    codes = {recording.patient.casefold(): recording.code for recording in reversed(recordings)}
     good = []
     for recording in recordings:
         same = lines[recording.id.casefold()]
-        first = folders[recording.patient.casefold()]
+        first = codes[recording.patient.casefold()]
         if len(same) > 1:
             reason = (
                 f"a patient's videos must have different names, got {recording.video!r} again ({path.name} lines "
                 f"{', '.join(map(str, same))}). Rename one, or delete the row that is wrong."
             )
-        elif first != recording.patient:
+        elif first != recording.code:
             reason = (
-                f"patients must differ in more than case, got {recording.patient!r} and {first!r} ({path.name} line "
-                f"{same[0]}). Write both the same way."
+                f"patients must differ in more than case, - and _, got {recording.code!r} and {first!r} ({path.name} "
+                f"line {same[0]}). Write both the same way if they are one person, else another code."
             )
         else:
             good.append(recording)
@@ -137,8 +139,8 @@ def _recording(row: dict[str, str], source: str | None, place: str, trim: tuple[
             "Write its path below the folder of videos."
         )
     parts = PurePosixPath(source).parts
-    patient = row.get("patient") or (parts[0] if len(parts) > 1 else "")
-    patient = patient.replace("_", "-").strip(". ")
+    code = row.get("patient") or (parts[0] if len(parts) > 1 else "")
+    patient = code.replace("_", "-").strip(". ")
     if not patient or any(mark in patient for mark in "/\\\0"):
         raise ManifestError(
             f"a video must have a patient, got {row.get('patient', '')!r} ({place}, column patient). "
@@ -157,7 +159,7 @@ def _recording(row: dict[str, str], source: str | None, place: str, trim: tuple[
         name = PurePosixPath(name).stem
     if start_s is not None or end_s is not None:
         name += f"-{start_s or 0:g}-{'end' if end_s is None else format(end_s, 'g')}"
-    return Recording(patient, name.strip(". "), source, row["expression"], score, start_s, end_s, source_hz)
+    return Recording(patient, name.strip(". "), source, row["expression"], score, start_s, end_s, source_hz, code)
 
 
 def _cell(row: dict[str, str], name: str, place: str) -> float | None:

@@ -11,6 +11,7 @@ an aligned patch, because no recognition network is loaded. The published script
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -29,6 +30,7 @@ Frame = npt.NDArray[np.uint8]
 _PATCH_PX = 32
 # Eyes, nose and corners of the mouth in an aligned face, as shares of its side (ArcFace's usual template).
 _ALIGNED = np.array([[0.342, 0.461], [0.657, 0.460], [0.5, 0.641], [0.371, 0.825], [0.631, 0.824]], np.float32)
+_COLOURS = np.array([[0, 96, 96], [255, 159, 175]], np.uint8)
 _CERTAIN = 0.5
 _STILL = 0.004
 _STILL_WEIGHT = 0.25
@@ -36,6 +38,7 @@ _RIVAL = 0.6
 _LINK_LIKENESS = 0.3
 _PATIENCE = 3
 _LOOKS = 5
+_OFTEN = 3
 _NEAR_OVERLAP = 0.3
 _NEAR_LIKENESS = 0.45
 _AGAIN_LIKENESS = 0.55
@@ -159,8 +162,9 @@ def likeness(first: _Look, second: _Look) -> float:
 def _look(frame: Frame, key_points: Floats) -> _Look:
     patch = cv2.warpAffine(frame, _similarity(key_points), (_PATCH_PX, _PATCH_PX), flags=cv2.INTER_LINEAR)
     lab = cv2.cvtColor(cv2.GaussianBlur(patch, (3, 3), 0), cv2.COLOR_RGB2LAB)
-    histogram = cv2.calcHist([lab], [1, 2], None, [16, 16], [96, 160, 96, 176])
-    return _Look(_unit(lab[..., 0].astype(np.float32)), np.sqrt(histogram / max(histogram.sum(), 1.0)).ravel())
+    # Stronger colours count as the strongest: a face in coloured light would have none otherwise.
+    histogram = cv2.calcHist([np.clip(lab, *_COLOURS)], [1, 2], None, [16, 16], [96, 160, 96, 176])
+    return _Look(_unit(lab[..., 0].astype(np.float32)), np.sqrt(histogram / histogram.sum()).ravel())
 
 
 def _unit(light: Floats) -> Floats:
@@ -183,7 +187,7 @@ def _mix(old: _Look, new: _Look) -> _Look:
     """A memory that follows slow change: turning heads, drifting light."""
     light = (1 - _MEMORY) * old.light + _MEMORY * new.light
     colour = (1 - _MEMORY) * old.colour + _MEMORY * new.colour
-    return _Look(light / np.linalg.norm(light), colour / np.linalg.norm(colour))
+    return _Look(light / np.maximum(np.linalg.norm(light), 1e-6), colour / np.linalg.norm(colour))
 
 
 # ---------------------------------------------------------------- who the subject is
@@ -197,10 +201,13 @@ class _Person:
     faces: list[int] = field(default_factory=list)
     boxes: list[Floats] = field(default_factory=list)
     looks: list[_Look] = field(default_factory=list)
-    sure: list[bool] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    """Sightings of one kind look alike."""
 
     def add(self, step: int, face: int, box: Floats, look: _Look) -> None:
-        self.sure.append(not self.looks or self._alike(look) >= _AGAIN_LIKENESS)
+        recent = zip(self.looks[-_LOOKS:], self.kinds[-_LOOKS:], strict=True)
+        alike, kind = max(((likeness(known, look), kind) for known, kind in recent), default=(0.0, 0))
+        self.kinds.append(kind if alike >= _AGAIN_LIKENESS else len(self.kinds))
         self.steps.append(step)
         self.faces.append(face)
         self.boxes.append(box)
@@ -210,8 +217,8 @@ class _Person:
         """0 if the sighting cannot be this person, else more for a nearer and more similar one.
 
         A face nearby that looks different may be the same person with the head turned: it is taken if nothing else
-        claims it. A sighting that does not look much alike is not sure: `follow` trusts it only if it comes to it
-        frame by frame.
+        claims it. It may as well be someone who hides the person: `follow` trusts it only if it comes to it frame by
+        frame, unless it is seen as often as the person's other looks.
         """
         last = self.boxes[-1]
         if not 0.5 < _size(box) / _size(last) < 2:
@@ -223,7 +230,14 @@ class _Person:
         return max(0.05 * (1 - _distance(box, last) / _size(last)), 0.0)
 
     def _alike(self, look: _Look) -> float:
-        return max(likeness(known, look) for known in self.looks[-_LOOKS:])
+        known = [look for look, sure in zip(self.looks, self.sure(), strict=True) if sure]
+        return max(likeness(one, look) for one in known[-_LOOKS:])
+
+    def sure(self) -> list[bool]:
+        """Which sightings are surely this person: of the kind seen most, and of kinds seen more than half as often."""
+        seen = Counter(self.kinds)
+        enough = min(max(seen.values()) // 2 + 1, _OFTEN)
+        return [seen[kind] >= enough for kind in self.kinds]
 
     def weight(self) -> float:
         """Seen for long, large and in one place; a face that never moves at all is a picture on the wall."""
@@ -243,6 +257,8 @@ class Subject:
 
     anchors: dict[int, int]
     """Which face of a surveyed frame is surely the subject."""
+    start: tuple[int, int]
+    """The first frame and face that may be the subject: the first anchor, or a sighting before it that is not sure."""
     others: list[_Look]
     """What people look like who were in view together with the subject."""
     notes: list[str]
@@ -284,10 +300,11 @@ def choose_subject(survey: Mapping[int, _Seen]) -> Subject:
         if rival.weight() > _RIVAL * subject.weight()
     ]
     indices = list(survey)
-    sightings = zip(subject.steps, subject.faces, subject.sure, strict=True)
+    sightings = zip(subject.steps, subject.faces, subject.sure(), strict=True)
     anchors = {indices[step]: face for step, face, sure in sightings if sure}
     beside = [person for person in ranked[1:] if set(person.steps) & set(subject.steps)]
-    return Subject(anchors, [look for person in beside for look in person.looks[-_LOOKS:]], notes)
+    start = indices[subject.steps[0]], subject.faces[0]
+    return Subject(anchors, start, [look for person in beside for look in person.looks[-_LOOKS:]], notes)
 
 
 # ---------------------------------------------------------------- frame by frame
@@ -300,12 +317,16 @@ class _Following:
         self.finder, self.survey, self.anchors, self.others = finder, survey, subject.anchors, subject.others
         self.whole_frames, self.windows = len(survey), 0
         self.sure_looks = [survey[index].looks[face] for index, face in self.anchors.items()]
-        first = min(self.anchors)
-        self.look = survey[first].looks[self.anchors[first]]
-        self.first_box = survey[first].faces.boxes[self.anchors[first]]
-        self.box: Floats | None = None
+        self.start: tuple[int, int] | None = subject.start
+        self._begin(*subject.start)
         self.velocity = np.zeros(2, np.float32)
         self.missed = 0
+
+    def _begin(self, index: int, face: int) -> None:
+        """Knows no place yet, and looks out for a sighting."""
+        self.look = self.survey[index].looks[face]
+        self.first_box = self.survey[index].faces.boxes[face]
+        self.box: Floats | None = None
 
     def through(self, video: Frames) -> Track:
         count = len(video)
@@ -315,14 +336,22 @@ class _Following:
         last_anchor = -1
         for index, frame in video.frames():
             seen, face = self._search(index, frame)
+            if index in self.anchors:
+                self.start = None
             if face is None:
                 self.missed += 1
+                if self.start is not None and self.box is not None:
+                    # A start that does not lead to a sure sighting was another person's.
+                    boxes[:index] = np.nan
+                    self.start = None
+                    self._begin(*min(self.anchors.items()))
                 continue
             box = seen.faces.boxes[face]
             if index in self.anchors:
                 if self.box is not None and self.missed == 0 and overlap(box, self.box) < _NEAR_OVERLAP / 2:
                     # What was followed since the last look was not the subject.
                     boxes[last_anchor + 1 : index] = np.nan
+                    self.missed = 1  # the way from there to here is no velocity
                 last_anchor = index
             self._accept(box, seen.looks[face])
             boxes[index], key_points[index] = box, seen.faces.key_points[face]
@@ -335,6 +364,8 @@ class _Following:
     def _search(self, index: int, frame: Frame) -> tuple[_Seen, int | None]:
         if index in self.survey:
             seen = self.survey[index]
+            if self.start is not None and index == self.start[0]:
+                return seen, self.start[1]
             return seen, self.anchors[index] if index in self.anchors else self._pick(seen)
         if self.box is not None:
             self.windows += 1
@@ -429,9 +460,10 @@ def fill(track: Track, settings: TrackSettings, notes: Sequence[str] = ()) -> Tr
             )
     share = found.size / count
     if share < settings.min_detected:
+        lower = int(100 * share)  # never rounded up to what was asked for
         raise FaceError(
-            f"the face must be seen in at least {settings.min_detected:.0%} of the frames, got {share:.0%} "
-            f"({found.size} of {count}). Trim the recording or set --min-detected {share:.2f}."
+            f"the face must be seen in at least {settings.min_detected:.0%} of the frames, got {lower}% "
+            f"({found.size} of {count}). Trim the recording or set --min-detected {max(lower, 1) / 100:.2f}."
         )
     if share == 1:
         return _with(track, track.boxes, track.landmarks, notes)
