@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future
 from typing import Any
@@ -26,9 +27,12 @@ class RayExecutor(Executor):
     """
 
     def __init__(self, address: str) -> None:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
+            if host and port.isdecimal():  # where nobody listens, Ray itself would try for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as err:
+        except (OSError, ValueError, RuntimeError, RayError) as err:
             raise ConfigError(
                 f"there must be a Ray cluster at {address!r} (--address), and none answers ({err}). "
                 "Start one with ray start --head, or leave --address out."
