@@ -1,6 +1,6 @@
 """A cohort of recordings -> a prepared dataset: faces followed, cropped, measured and filed.
 
-Every video is prepared by itself, in a process of its own kind, and filed whole or not at all; its record in
+Every video is prepared by itself and filed whole or not at all; its record in
 ``quality/`` is written last and says that it is done. So a run can be killed at any moment and taken up again, and
 ends with the same bytes as one that was never disturbed.
 """
@@ -15,27 +15,16 @@ import hashlib
 import json
 import logging
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import (
-    BrokenExecutor,
-    CancelledError,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    as_completed,
-)
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from ..errors import ConfigError, FaceError, ManifestError, QafeError
+from ..errors import ConfigError, FaceError, ManifestError
 from ..markup import ALL_COUNT
 from ..store import CsvRow, Store, write_file
 from ..strata import draw_patients
@@ -46,6 +35,7 @@ from .quality import Meter
 from .report import Report, contact_sheet, write_report
 from .track import Floats, Frame, Track, TrackSettings, follow, one_euro, overlap
 from .video import Video
+from .workers import each
 
 SETTINGS_FILE = "prepare.json"
 CSV_NAME = "cohort"
@@ -176,7 +166,7 @@ def prepare_cohort(
         task = functools.partial(prepare_video, videos=videos.resolve(), out=out.resolve(), settings=settings)
         failed: dict[str, Problem] = {}
         folders = (videos, out, settings.model_root)
-        for count, (recording, result) in enumerate(_each(task, jobs, executor, workers, folders), start=1):
+        for count, (recording, result) in enumerate(each(task, jobs, executor, workers, folders), start=1):
             if isinstance(result, Problem):
                 failed[recording.id] = result
                 say(str(result))
@@ -283,7 +273,7 @@ def add_landmarks(
         store.clear_leftovers()
         task = functools.partial(_add_landmarks_to, root=root.resolve(), settings=settings)
         folders = (root, settings.model_root)
-        for count, (_, result) in enumerate(_each(task, missing, executor, workers, folders), start=1):
+        for count, (_, result) in enumerate(each(task, missing, executor, workers, folders), start=1):
             if isinstance(result, Problem):
                 problems.append(result)
                 say(str(result))
@@ -293,113 +283,6 @@ def add_landmarks(
             progress(count, len(missing))
     kept = len(videos) - len(missing)
     return Outcome(len(videos) - len(problems), kept, problems, [], found / frames if frames else 1.0)
-
-
-class Workers(Executor):
-    """Processes of this machine, each with its own pool, so that one that dies takes only its own video along.
-
-    A video whose process dies is tried once more; then its future has the error.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._threads = ThreadPoolExecutor(count)
-        self._own = threading.local()
-        self._pools: list[ProcessPoolExecutor] = []
-        self._lock = threading.Lock()
-        self._cancelled = False
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As of any executor."""
-        return self._threads.submit(self._run, functools.partial(fn, *args, **kwargs))
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As of any executor; with ``cancel_futures``, also ends what is running."""
-        self._threads.shutdown(wait=False, cancel_futures=cancel_futures)
-        if cancel_futures:
-            with self._lock:
-                self._cancelled = True
-                for process in [one for pool in self._pools for one in (pool._processes or {}).values()]:
-                    process.kill()
-        self._threads.shutdown(wait)
-        for pool in self._pools:
-            pool.shutdown(wait)
-
-    def _run(self, task: Callable[[], Any]) -> Any:
-        for last in (False, True):
-            with self._lock:
-                if self._cancelled:
-                    raise CancelledError
-                future = self._pool().submit(task)
-            try:
-                return future.result()
-            except BrokenExecutor:
-                self._own.pool = None
-                if last:
-                    raise
-        raise AssertionError("the loop returns or raises")
-
-    def _pool(self) -> ProcessPoolExecutor:
-        """This thread's own."""
-        pool: ProcessPoolExecutor | None = getattr(self._own, "pool", None)
-        if pool is None:
-            self._own.pool = pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_die_with_parent)
-            self._pools.append(pool)
-            # Inherited by the process: Ctrl-C is for the parent, who ends it.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        return pool
-
-
-def _die_with_parent() -> None:
-    """Leaves nobody behind who would go on writing after the parent was killed."""
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _each(
-    task: Callable[..., Any], jobs: Sequence[Any], executor: Executor | None, workers: int, folders: Sequence[Path]
-) -> Iterator[tuple[Any, Any]]:
-    """(job, result or problem) as the jobs finish; problems tell paths as below the folders."""
-    owned = None if executor else Workers(max(min(workers, len(jobs)), 1))
-    running = executor or owned
-    assert running is not None
-    try:
-        futures = {running.submit(task, job): job for job in jobs}
-        for future in as_completed(futures):
-            job = futures.pop(future)
-            try:
-                yield job, future.result()
-            except Exception as err:  # one video must not end the others
-                yield job, _problem(job, err, folders)
-    finally:
-        if owned:
-            owned.shutdown(cancel_futures=True)
-
-
-def _problem(job: Any, err: Exception, folders: Sequence[Path]) -> Problem:
-    video, patient = (job.source, job.patient) if isinstance(job, Recording) else ("/".join(job), job[0])
-    if isinstance(err, QafeError):
-        reason = str(err)
-    elif isinstance(err, OSError):
-        reason = f"it could not be read or written ({err.strerror or err}). Check the disks and start again."
-    elif isinstance(err, BrokenExecutor):
-        reason = (
-            "its process died twice: the file may be damaged in a way that ends the decoder, or memory ran out. Try "
-            "it alone with --workers 1 and less --memory-mb."
-        )
-    else:
-        _log.debug("%s", video, exc_info=err)
-        reason = f"an unexpected {type(err).__name__} ({err}). Run again with --debug and report it."
-    # The report is to hold no path of a machine.
-    for folder in folders:
-        for path in (folder.expanduser().absolute(), folder.expanduser().resolve()):
-            reason = reason.replace(f"{path}/", "")
-    return Problem(video, patient, reason)
 
 
 @functools.lru_cache(maxsize=1)

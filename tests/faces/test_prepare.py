@@ -27,8 +27,9 @@ from qafe.__main__ import main
 from qafe.data.manifest import read_manifest
 from qafe.errors import FaceError
 from qafe.faces import prepare
-from qafe.faces.prepare import PrepareSettings, Workers, prepare_cohort
+from qafe.faces.prepare import PrepareSettings, prepare_cohort
 from qafe.faces.video import Video
+from qafe.faces.workers import Workers
 from qafe.store import Store
 from tests.conftest import QUICK_FLAGS
 from tests.data.cohort import real_faces, video_frames, video_landmarks
@@ -77,7 +78,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     models = fakes.FakeModels()
     monkeypatch.setattr(prepare, "FaceModels", lambda *_: models)
     monkeypatch.setattr(prepare, "_models", lambda *_: models)
-    monkeypatch.setattr(prepare, "Workers", ThreadPoolExecutor)
+    monkeypatch.setattr("qafe.faces.workers.Workers", ThreadPoolExecutor)
 
 
 @pytest.fixture
@@ -534,7 +535,7 @@ def test_what_befalls_one_video_ends_no_other(
 ) -> None:
     if isinstance(failure, FaceError):
         failure = FaceError(str(failure).format(root=cohort / "packs"))
-    monkeypatch.setattr(prepare, "Workers", Failing)
+    monkeypatch.setattr("qafe.faces.workers.Workers", Failing)
     monkeypatch.setattr(Failing, "error", failure, raising=False)
     assert run(cohort, "--model-root", str(cohort / "packs")) == 2
     (line,) = refusals(capsys.readouterr().err)
