@@ -120,11 +120,11 @@ def totals(report: Report) -> dict[str, Any]:
 def findings(report: Report) -> list[Finding]:
     """Every reason to look at a prepared video, the most suspicious video first."""
     rows = _plain(report.videos)
-    least = _limits(rows)["sharpness"][0]
+    limits = _limits(rows)
     found = [
         Finding(_name(row, "patient"), _name(row, "video"), reason, weight)
         for row in rows
-        for weight, reason in _reasons(row, least)
+        for weight, reason in _reasons(row, limits)
     ]
     weights: dict[tuple[str, str], float] = {}
     for finding in found:
@@ -136,16 +136,21 @@ def findings(report: Report) -> list[Finding]:
 def _limits(rows: Sequence[Row]) -> dict[str, tuple[float | None, float | None]]:
     """From where to where a measure is not suspicious."""
     sharpness = [value for row in rows if (value := real(row, "sharpness")) is not None]
+    # Tight crops (per_frame) clip landmarks in every video: what stands out is more than the others have.
+    clipped = [value for row in rows if (value := real(row, "clipped_points")) is not None]
     return {
         "detected": (DETECTED_LEAST, None),
         "sharpness": (SHARPNESS_LEAST * statistics.median(sharpness) if sharpness else None, None),
         "brightness": (BRIGHTNESS_LEAST, BRIGHTNESS_MOST),
         "face_size_px": (FACE_SIZE_LEAST_PX, None),
         "yaw_range_deg": (None, YAW_RANGE_MOST_DEG),
+        "clipped_points": (None, CLIPPED_POINTS_MOST + 1.5 * (statistics.median(clipped) if clipped else 0.0)),
     }
 
 
-def _reasons(row: Row, sharpness_least: float | None) -> Iterator[tuple[float, str]]:
+def _reasons(row: Row, limits: Mapping[str, tuple[float | None, float | None]]) -> Iterator[tuple[float, str]]:
+    sharpness_least, clipped_most = limits["sharpness"][0], limits["clipped_points"][1]
+    assert clipped_most is not None
     detected, sharpness, size = real(row, "detected"), real(row, "sharpness"), real(row, "face_size_px")
     if detected is not None and detected < DETECTED_LEAST:
         yield 1 + 5 * (1 - detected), f"no face was found in {percent(1 - detected)} of the frames; they are guessed"
@@ -168,7 +173,7 @@ def _reasons(row: Row, sharpness_least: float | None) -> Iterator[tuple[float, s
         yield 1, f"{percent(clipped)} of the pixels are plain black or white"
     if (faces := real(row, "faces_most")) is not None and faces > 1:
         yield 1, f"up to {faces:.0f} faces in view: check that the patient was followed"
-    if (outside := real(row, "clipped_points")) is not None and outside > CLIPPED_POINTS_MOST:
+    if (outside := real(row, "clipped_points")) is not None and outside > clipped_most:
         yield 1, f"{percent(outside)} of the landmarks lay outside the crop and were moved to its border"
     if row.get("variable_rate") is True:
         yield 1, "the frame rate varies: frames are not evenly spaced in time"

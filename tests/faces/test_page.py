@@ -57,6 +57,14 @@ def test_the_first_sentence(tmp_path: Path) -> None:
     )
 
 
+def test_clipped_landmarks_stand_out_from_the_cohorts() -> None:
+    """Tight crops clip some in every video."""
+    tight = [row | {"clipped_points": 0.12} for row in cohort().videos]
+    assert findings(Report(videos=tight)) == []
+    found = findings(Report(videos=[*tight[1:], tight[0] | {"clipped_points": 0.3}]))
+    assert [finding.reason[:6] for finding in found] == ["30.0 %"]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
