@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .track import Floats, Frame
+from .subject import Floats, Frame
 
 CropKind = Literal["per_video", "per_frame"]
 SIZE_PX = 256

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import FaceError
 from ..markup import ALL_COUNT
-from .track import Faces, Floats, Frame
+from .subject import Faces, Floats, Frame
 
 DEFAULT_MODELS = "buffalo_l"
 DEFAULT_ROOT = Path("~/.insightface")

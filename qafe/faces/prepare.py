@@ -33,7 +33,8 @@ from .detect import DEFAULT_MODELS, DEFAULT_ROOT, FaceModels, pack_files
 from .labels import Problem, Recording, read_labels, scores_by_patient
 from .quality import Meter
 from .report import Report, contact_sheet, write_report
-from .track import Floats, Frame, Track, TrackSettings, follow, one_euro, overlap
+from .subject import Floats, Frame, overlap
+from .track import Track, TrackSettings, follow, one_euro
 from .video import Video
 from .workers import each
 

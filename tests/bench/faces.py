@@ -14,7 +14,8 @@ import numpy as np
 
 from qafe.faces.crop import SIZE_PX, crop, crop_boxes
 from qafe.faces.detect import FaceModels
-from qafe.faces.track import Floats, Frame, TrackSettings, follow
+from qafe.faces.subject import Floats, Frame
+from qafe.faces.track import TrackSettings, follow
 from qafe.faces.video import Video
 from qafe.store import Store
 

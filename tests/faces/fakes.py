@@ -15,7 +15,7 @@ from qafe.errors import FaceError
 from qafe.faces import prepare
 from qafe.faces.labels import Recording
 from qafe.faces.prepare import PrepareSettings
-from qafe.faces.track import Faces, Floats, Frame
+from qafe.faces.subject import Faces, Floats, Frame
 
 
 def write_clip(path: Path, count: int, *, size: tuple[int, int] = (64, 48), hz: float = 30, light: float = 1) -> Path:

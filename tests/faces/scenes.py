@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from qafe.faces.track import Frame
+from qafe.faces.subject import Frame
 
 # Where six people's faces are in t1.jpg: left, top, right, bottom.
 PEOPLE = (

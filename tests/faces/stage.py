@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from qafe.faces.track import _ALIGNED, Faces, Floats, Frame, overlap
+from qafe.faces.subject import _ALIGNED, Faces, Floats, Frame, overlap
 from tests.faces.scenes import Scene
 
 SIZE = (120, 200)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qafe.faces.crop import SIZE_PX, crop, crop_boxes
-from qafe.faces.track import Floats
+from qafe.faces.subject import Floats
 from qafe.faces.video import Video
 from tests.data.cohort import real_faces
 from tests.faces.models import face_models

@@ -11,7 +11,7 @@ import pytest
 
 from qafe.errors import FaceError
 from qafe.faces.detect import FaceModels, pack_files, providers
-from qafe.faces.track import Faces, Floats, Frame
+from qafe.faces.subject import Faces, Floats, Frame
 from qafe.faces.video import Video
 from tests.data.cohort import real_faces
 from tests.faces.models import PACK, face_models, model_root

@@ -7,17 +7,8 @@ import numpy as np
 import pytest
 
 from qafe.errors import FaceError
-from qafe.faces.track import (
-    Track,
-    TrackSettings,
-    _look,
-    choose_subject,
-    fill,
-    follow,
-    likeness,
-    one_euro,
-    overlap,
-)
+from qafe.faces.subject import Seen, choose_subject, likeness, look_at, overlap
+from qafe.faces.track import Track, TrackSettings, fill, follow, one_euro
 from tests.faces.models import face_models
 from tests.faces.scenes import passing_by
 from tests.faces.stage import Person, Place, Stage, box_of, texture
@@ -325,22 +316,22 @@ def test_choosing_alone() -> None:
 
 
 def seen_of(frame, faces):  # type: ignore[no-untyped-def]
-    from qafe.faces.track import _Seen
-
-    return _Seen.of(frame, faces)
+    return Seen.of(frame, faces)
 
 
 def test_likeness() -> None:
     def look(seed: int, place: Place):  # type: ignore[no-untyped-def]
         stage = Stage(1, Person(lambda _: place, lambda _: texture(seed)))
         frame = stage.scene.drawn[0]
-        return _look(frame, stage.find(frame).key_points[0])
+        return look_at(frame, stage.find(frame).key_points[0])
 
     one = look(1, (100, 60, 40))
     assert likeness(one, one) == pytest.approx(1, abs=1e-5)
     assert likeness(one, look(1, (50, 70, 56))) > 0.85
     assert abs(likeness(one, look(2, (100, 60, 40)))) < 0.4
-    black = _look(np.zeros((40, 40, 3), np.uint8), (box_of((20, 20, 30))[:2] + 30 * np.random.rand(5, 2)).astype("f4"))
+    black = look_at(
+        np.zeros((40, 40, 3), np.uint8), (box_of((20, 20, 30))[:2] + 30 * np.random.rand(5, 2)).astype("f4")
+    )
     assert likeness(one, black) == 0
 
 

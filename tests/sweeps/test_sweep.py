@@ -215,11 +215,11 @@ def test_registry_mistakes_get_one_line(champion: Sweep, line: list[str], words:
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Ray's trial workers below a sweep's process."""
+    """Ray's trial workers below a sweep's process. Ray names the method too while one runs, so only the class counts."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if child.cmdline()[:1] == ["ray::ImplicitFunc.train"]:
+            if "".join(child.cmdline()[:1]).startswith("ray::ImplicitFunc"):
                 found.append(child)
         except psutil.Error:
             continue
@@ -231,7 +231,7 @@ def test_a_killed_worker_costs_nothing(sample_root: Path, tmp_path: Path) -> Non
     process = sweep.start()
     sweep.wait_for_epoch(5)
     workers = workers_of(process)
-    assert workers
+    assert workers, sweep.text
     os.kill(workers[0].pid, signal.SIGKILL)
     assert process.wait(timeout=400) == 0, sweep.text
     assert "lost its worker" in sweep.text
