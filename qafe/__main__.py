@@ -1,4 +1,4 @@
-"""python -m qafe prepare | sample | train | score"""
+"""python -m qafe prepare | sample | train | score | cache"""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import numpy as np
 from . import config as configs
 from . import console, metrics
 from .config import EXPRESSIONS, PRESETS
+from .data.cache import cache_folder, cache_size, clear_cache
 from .data.cohort import choose_expressions, load_cohort
 from .data.manifest import read_manifest
 from .data.sample import SampleConfig, make_sample
@@ -35,11 +36,12 @@ from .store import Store
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     parser = console.parser("python -m qafe", "Train and use QAFE-Net on prepared face clips.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="prepare | sample | train | score")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="prepare | sample | train | score | cache")
     _add_prepare(commands)
     _add_sample(commands)
     _add_train(commands)
     _add_score(commands)
+    _add_cache(commands)
     return console.run(lambda options: int(options.run(options)), parser, argv)
 
 
@@ -206,6 +208,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     sub.add_argument("--expression", help="one, several with commas, or all (default: smile, or the only one)")
     sub.add_argument("--preset", choices=sorted(PRESETS), default="paper")
     sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="e.g. model.fusion.layers=2")
+    sub.add_argument("--no-cache", action="store_true", help="keep no decoded frames on disk (data.cache_gb=0)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     sub.add_argument("--out", type=Path, help="folder for the weights, config and history (default: not kept)")
     sub.set_defaults(run=_train)
@@ -215,7 +218,8 @@ def _train(options: argparse.Namespace) -> int:
     from .score import SUFFIX, Scorer
     from .train import BEST_FILE, fit, pick_device
 
-    config = configs.override(PRESETS[options.preset](), configs.parse_settings(options.set))
+    settings = configs.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
+    config = configs.override(PRESETS[options.preset](), settings)
     device = pick_device(options.device)
     cohort = load_cohort(options.data_root, config.data)
     expressions = choose_expressions(cohort.manifest, options.expression)
@@ -311,6 +315,24 @@ def _score(options: argparse.Namespace) -> int:
             print(json.dumps({"clip": str(clip), "expression": options.expression, "score": score}))
         else:
             print(f"{score:.6f}  {clip}")
+    return 0
+
+
+def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    sub = commands.add_parser("cache", help="show how much space decoded frames take, or free it")
+    sub.add_argument("--clear", action="store_true", help="delete all of them; they are made again when needed")
+    sub.set_defaults(run=_cache)
+
+
+def _cache(options: argparse.Namespace) -> int:
+    folder = cache_folder()
+    try:
+        if options.clear:
+            clear_cache()
+        videos, size = cache_size()
+    except OSError as err:
+        raise _unwritable(folder, err) from err
+    print(f"{folder}: {videos} videos, {size / 2**30:.2f} GiB")
     return 0
 
 

@@ -72,6 +72,8 @@ class RGBEncoderConfig:
     temporal_mlp: int = 1024
     weights: str = ""
     """File with pretrained weights (the Former-DFER file or one of ours); empty starts from scratch."""
+    frozen: bool = False
+    """Train nothing in it: its parameters and batch norm statistics stay as they are loaded."""
 
     def __post_init__(self) -> None:
         _require(
@@ -121,6 +123,8 @@ class HeatmapEncoderConfig:
     """File with pretrained weights (the pose file or one of ours); empty starts from scratch."""
     stem_adaptation: Literal["random", "mean", "sum"] = "random"
     """What the 17-channel stem of the pose file becomes: left random as published, or its mean or sum."""
+    frozen: bool = False
+    """Train nothing in it: its parameters and batch norm statistics stay as they are loaded."""
 
     def __post_init__(self) -> None:
         _require_at_least(8, **{"model.heatmap.size_px": self.size_px})
@@ -278,9 +282,9 @@ class DataConfig:
     """Seed of the validation split, apart from the training seed so that seeds can be compared."""
     shuffle_labels: bool = False
     """Give every clip another clip's score: what a study reports when there is nothing to learn."""
-    memory_mb: int = 2048
-    """Decoded frames kept in memory, in MiB, shared out among the workers of a loader (a run has one for training
-    and one for validation); 0 keeps none."""
+    cache_gb: float = 64.0
+    """Most GiB of decoded frames that are kept on this machine's disk (``~/.cache/qafe/frames``) for all its processes
+    and runs together; 0 decodes the JPEGs each time. Changes no number."""
     workers: int = 4
     """Processes that read clips beside the training process; 0 reads in it."""
     heatmap: HeatmapConfig = field(default_factory=HeatmapConfig)
@@ -297,7 +301,7 @@ class DataConfig:
             0,
             **{
                 "data.split_seed": self.split_seed,
-                "data.memory_mb": self.memory_mb,
+                "data.cache_gb": self.cache_gb,
                 "data.workers": self.workers,
             },
         )
@@ -309,8 +313,15 @@ class TrainConfig:
 
     epochs: int = 100
     batch_size: int = 4
+    """Clips that go through the model at once, and that share the statistics of its batch norms."""
     accumulate: int = 1
-    """Batches whose gradients are summed for one step; a loss over negatives (bmc) sees one batch at a time."""
+    """Batches that make one step, as if they were one: memory is that of a single batch. A loss that compares the
+    clips of a batch (bmc) sees them all, for which each batch goes through the model twice."""
+    checkpoint: bool = False
+    """Compute the RGB encoder's activations again for the gradient instead of keeping them: less memory, the same
+    numbers, a third more time."""
+    compile: bool = False
+    """Train through torch.compile: minutes at the start, faster steps on a GPU; needs a C++ compiler."""
     optimizer: Optimizer = "sgd"
     lr: float = 1e-3
     momentum: float = 0.9
@@ -325,7 +336,7 @@ class TrainConfig:
     clip_norm: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
     precision: Precision = "auto"
-    """auto: bf16 on a GPU that has it, fp16 with scaling on others, fp32 on a CPU."""
+    """auto: bf16 on a GPU that has it, fp16 with scaling on others, fp32 on a CPU. The loss is always fp32."""
     loss: Loss = "bmc"
     noise_sigma: float = 1.0
     """Standard deviation of the label noise that bmc and gai assume."""
@@ -359,9 +370,14 @@ class TrainConfig:
         )
         _require_fraction(**{"train.momentum": self.momentum})
         _require(
-            self.loss != "bmc" or self.batch_size >= 2,
+            self.loss != "bmc" or self.batch_size * self.accumulate >= 2,
             "batch_size must be at least 2 for loss='bmc' (one sample always gives zero loss), "
-            f"got {self.batch_size} (train.batch_size). Set train.batch_size=4 or train.loss=mse.",
+            f"got {self.batch_size} (train.batch_size). Set train.batch_size=4, train.accumulate=4 or train.loss=mse.",
+        )
+        _require(
+            not (self.compile and self.checkpoint),
+            "train.compile decides itself what is computed again and goes without train.checkpoint, got both true. "
+            "Set one of them to false.",
         )
         _require(
             not self.train_noise_sigma or self.loss in ("bmc", "gai"),
@@ -487,6 +503,10 @@ def parse_settings(pairs: list[str]) -> dict[str, str]:
     return settings
 
 
+_RETIRED = ("data.memory_mb",)
+"""Settings that configs of earlier versions hold, and that decide nothing."""
+
+
 def to_json(config: Config) -> str:
     """The config as indented JSON that `from_json` turns back into an equal object."""
     return json.dumps(dataclasses.asdict(config), indent=2)
@@ -503,7 +523,8 @@ def from_json(text: str) -> Config:
     except json.JSONDecodeError as err:
         raise ConfigError(f"a config must be JSON, got {text[:40]!r} ({err}). Use a config.json of a run.") from err
     _require(isinstance(tree, dict), f"a config must be a JSON object, got {text[:40]!r}.")
-    return override(Config(), _flatten_tree(tree))
+    flat = _flatten_tree(tree)
+    return override(Config(), {name: value for name, value in flat.items() if name not in _RETIRED})
 
 
 def _flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What training minimises: `LOSSES` by name, built by `build_loss`.
 
 Every loss is a module ``(prediction, target) -> scalar`` and computes in float32 at least, whatever precision
-the model runs in. Shapes: B clips of a batch, N labels of the training set, K components of a mixture.
+the model runs in. Each is a mean over clips, but for `BATCH_LOSSES`, whose clips see each other.
+Shapes: B clips of a batch, N labels of the training set, K components of a mixture.
 """
 
 import math
@@ -215,6 +216,10 @@ LOSSES: dict[str, Callable[[TrainConfig, Tensor], nn.Module]] = {
     "huber": _huber,
 }
 """Loss name -> builder from (training settings, training labels)."""
+
+
+BATCH_LOSSES = ("bmc",)
+"""The losses that compare the clips of a batch: the mean over its parts is not the loss of the whole."""
 
 
 def build_loss(config: TrainConfig, labels: Float[Tensor, " N"]) -> nn.Module:

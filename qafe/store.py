@@ -41,11 +41,12 @@ Points = npt.NDArray[np.float32]
 CSV_COLUMNS = ("id", "label", "frames", "class")
 _PUBLISHED_VIDEO_LENGTH = 11
 _REDUCED = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
+"""How OpenCV halves while it decodes. The GRAYSCALE flags are the bare factors: they are grey only without a colour."""
 _END_OF_IMAGE = b"\xff\xd9"
 
 
@@ -157,6 +158,11 @@ class Store:
 
     def frame_sizes(self, patient: str, video: str) -> list[tuple[str, int]]:
         """(name, bytes) of each JPEG frame in natural order; empty if there are none. Opens no file."""
+        return [(name, size) for name, size, _, _ in self.frame_states(patient, video)]
+
+    def frame_states(self, patient: str, video: str) -> list[tuple[str, int, int, int]]:
+        """(name, bytes, and the nanosecond in which content and file were last changed) of each JPEG frame in
+        natural order; a frame that has changed has another state. Opens no file."""
         return _listed(self._frames_folder(patient, video))
 
     def frame_shape(self, patient: str, video: str) -> tuple[int, int]:
@@ -438,11 +444,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _listed(folder: Path) -> list[tuple[str, int]]:
+def _listed(folder: Path) -> list[tuple[str, int, int, int]]:
     try:
         with os.scandir(folder) as entries:
             found = [
-                (entry.name, entry.stat().st_size)
+                (entry.name, (state := entry.stat()).st_size, state.st_mtime_ns, state.st_ctime_ns)
                 for entry in entries
                 if entry.name.lower().endswith((".jpg", ".jpeg")) and not entry.name.startswith(".")
             ]
@@ -495,7 +501,7 @@ def _read_jpeg(path: Path, shape: tuple[int, int], size_px: int) -> Frames:
         )
     if image.shape[:2] != (size_px, size_px):
         image = cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA)
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+    return np.asarray(image, dtype=np.uint8)
 
 
 def _read_rendered(path: Path, size_px: int) -> Frames:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import os
 import resource
 import time
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from . import config as configs
@@ -28,8 +29,10 @@ from .config import Config, TrainConfig
 from .data.dataset import Clip, ClipBatch, ClipDataset, collate, model_inputs
 from .data.manifest import Sample
 from .errors import CheckpointError, ConfigError, ManifestError, QafeError
-from .losses import build_loss
+from .losses import BATCH_LOSSES, build_loss
+from .memory import freed_memory_kept
 from .model import weights
+from .model.batchnorm import statistics_kept
 from .model.qafenet import QAFENet, build
 from .store import Store
 
@@ -43,7 +46,7 @@ class EpochResult:
 
     Attributes:
         epoch: from 1.
-        train_loss: mean loss over the epoch's batches.
+        train_loss: mean loss over the epoch's steps.
         metrics: of the validation samples, by the names of `metrics.evaluate`.
         predictions: [N] scores of the validation samples, in their order.
         best_epoch: the epoch with the highest validation Spearman so far; of equals the lower MAE, then the
@@ -142,6 +145,13 @@ class _Run:
             self.model = build(config)
         weights.load_pretrained(self.model, config.model)
         self.model.to(device)
+        if device.type == "cuda":
+            self.model.spatial.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.spatial.recompute = config.train.checkpoint
+        # What a training pass calls: the same modules and weights, compiled or not.
+        self.forward: Callable[[Tensor, Tensor], Tensor] = (
+            torch.compile(self.model) if config.train.compile else self.model
+        )
         scores = torch.tensor([sample.score for sample in train], dtype=torch.float32)
         self.loss = build_loss(config.train, scores).to(device)
         parameters = [p for m in (self.model, self.loss) for p in m.parameters() if p.requires_grad]
@@ -159,8 +169,10 @@ class _Run:
         batches: list[list[int]] = []
         training = _loader(self.train_set, batches, self.config, self.device)
         validation = _evaluation_loader(self.validation_set, self.config, self.device)
-        while self.epoch < self.config.train.epochs:
-            yield self._next_epoch(batches, training, validation)
+        # Recomputing activations is the choice of who lacks memory, and keeping what is freed costs some.
+        with freed_memory_kept(self.device.type == "cpu" and not self.config.train.checkpoint):
+            while self.epoch < self.config.train.epochs:
+                yield self._next_epoch(batches, training, validation)
 
     def _next_epoch(
         self, batches: list[list[int]], training: DataLoader[Clip], validation: DataLoader[Clip]
@@ -195,28 +207,65 @@ class _Run:
         )
 
     def _train_epoch(self, loader: DataLoader[Clip]) -> float:
-        settings = self.config.train
         self.model.train()
         self.train_set.set_epoch(self.epoch)
-        batches = len(loader)
+        sizes = [len(batch) for batch in loader.batch_sampler or ()]
+        batches, steps = _read(loader), step_sizes(sizes, self.config.train.accumulate)
         total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(_read(loader), start=1):
-            batch = batch.to(self.device)
-            rgb, heatmap = model_inputs(batch, self.config)
-            with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                prediction = self.model(rgb, heatmap)
-            loss = self.loss(prediction.float(), batch.score)
-            last_group = (number - 1) // settings.accumulate == (batches - 1) // settings.accumulate
-            share = (batches - 1) % settings.accumulate + 1 if last_group else settings.accumulate
-            self.scaler.scale(loss / share).backward()
-            total += loss.detach()
-            if number % settings.accumulate == 0 or number == batches:
-                self._step()
+        for count in steps:
+            several = count > 1 and self.config.train.loss in BATCH_LOSSES
+            backward = self._backward_as_one if several else self._backward_each
+            total += backward(list(itertools.islice(batches, count)))
+            self._step()
+        rest = list(batches)  # A loader ends its pass only when it is asked for more.
+        assert not rest
         self.schedule.step()
-        mean_loss = float(total) / batches
+        mean_loss = float(total) / len(steps)
         if not np.isfinite(mean_loss):
             raise FloatingPointError(f"the training loss is {mean_loss} in epoch {self.epoch}")
         return mean_loss
+
+    def _backward_each(self, batches: list[ClipBatch]) -> Tensor:
+        """Gradients of a loss that is a mean over clips, batch by batch; returns the loss."""
+        clips = sum(map(len, batches))
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            prediction, target = self._predict(batch)
+            loss = self.loss(prediction, target)
+            share = len(batch) / clips
+            self.scaler.scale(loss * share if share < 1 else loss).backward()
+            total += loss.detach() * share
+        return total
+
+    def _backward_as_one(self, batches: list[ClipBatch]) -> Tensor:
+        """Gradients of a loss that compares clips, over several batches; returns the loss.
+
+        Source: GradCache (arXiv:2101.06983). Predicts every batch without keeping its activations, takes the loss
+        of them all and its gradient by each prediction, then goes through the model again, batch by batch, with
+        that gradient. Dropout draws the same in both passes, and batch norms count one of them.
+        """
+        states, parts = [], []
+        with torch.no_grad(), statistics_kept(self.model):
+            for batch in batches:
+                states.append(_random_state(self.device))
+                parts.append(self._predict(batch))
+        predictions = torch.cat([prediction for prediction, _ in parts]).requires_grad_()
+        loss: Tensor = self.loss(predictions, torch.cat([target for _, target in parts]))
+        torch.autograd.backward(self.scaler.scale(loss))
+        assert predictions.grad is not None
+        gradients = torch.split(predictions.grad, [len(batch) for batch in batches])
+        for batch, state, gradient in zip(batches, states, gradients, strict=True):
+            _set_random_state(state, self.device)
+            torch.autograd.backward(self._predict(batch)[0], gradient)
+        return loss.detach()
+
+    def _predict(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
+        """Predictions in float32, and targets."""
+        batch = batch.to(self.device)
+        rgb, heatmap = model_inputs(batch, self.config)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            prediction = self.forward(rgb, heatmap)
+        return prediction.float(), batch.score
 
     def _step(self) -> None:
         if self.config.train.clip_norm > 0:
@@ -273,13 +322,18 @@ def predict(model: QAFENet, dataset: ClipDataset, config: Config, device: torch.
     return _scores(model, _evaluation_loader(dataset, config, device), config, device)
 
 
-@torch.inference_mode()
 def score_batch(model: QAFENet, batch: ClipBatch, config: Config, device: torch.device) -> np.ndarray:
     """Scores [B] of a batch in full float32 on every device: cuDNN's TF32 has three decimals."""
+    scores: np.ndarray = _score(model, batch, config, device).double().cpu().numpy()
+    return scores
+
+
+@torch.inference_mode()
+def _score(model: QAFENet, batch: ClipBatch, config: Config, device: torch.device) -> Tensor:
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        scores: np.ndarray = model(*model_inputs(batch.to(device), config)).double().cpu().numpy()
+        scores: Tensor = model(*model_inputs(batch.to(device), config))
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
     return scores
@@ -287,7 +341,11 @@ def score_batch(model: QAFENet, batch: ClipBatch, config: Config, device: torch.
 
 def _scores(model: QAFENet, loader: DataLoader[Clip], config: Config, device: torch.device) -> np.ndarray:
     model.eval()
-    return np.concatenate([score_batch(model, batch, config, device) for batch in _read(loader)])
+    # Fetched once at the end: a GPU need not wait for each batch to be copied back.
+    scores: np.ndarray = (
+        torch.cat([_score(model, batch, config, device) for batch in _read(loader)]).double().cpu().numpy()
+    )
+    return scores
 
 
 def _loader(
@@ -337,14 +395,30 @@ def epoch_batches(clips: int, batch_size: int) -> list[list[int]]:
     return batches
 
 
+def step_sizes(clips: Sequence[int], accumulate: int) -> list[int]:
+    """How many batches each optimiser step takes, from the clips in each batch.
+
+    A last step of a single clip joins the one before it, for the balanced losses cannot learn from one clip.
+    """
+    steps = [len(clips[start : start + accumulate]) for start in range(0, len(clips), accumulate)]
+    if len(steps) > 1 and accumulate > 1 and sum(clips[-steps[-1] :]) == 1:
+        steps[-2:] = [steps[-2] + 1]
+    return steps
+
+
 def build_optimizer(settings: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with momentum, as published, or AdamW."""
+    """SGD with momentum, as published, or AdamW; in one kernel for all parameters (``fused``)."""
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=fused
         )
     return torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay
+        parameters,
+        lr=settings.lr,
+        betas=(settings.momentum, 0.999),
+        weight_decay=settings.weight_decay,
+        fused=fused,
     )
 
 
@@ -365,7 +439,10 @@ def lr_factor(settings: TrainConfig) -> Callable[[int], float]:
 
 
 def amp_dtype(settings: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """What ``train.precision`` means on this device; None is plain float32."""
+    """What ``train.precision`` means on this device; None is plain float32.
+
+    A CPU is left at float32 by ``auto``: torch computes bf16 convolutions slowly where the processor lacks AVX512.
+    """
     choice = settings.precision
     if choice == "auto":
         if device.type != "cuda":
@@ -382,6 +459,16 @@ def _seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
         yield
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def _read_state(path: Path) -> dict[str, Any]:

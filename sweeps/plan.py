@@ -119,7 +119,7 @@ def make_plan(options: argparse.Namespace, study: Study, storage: Path) -> Plan:
         raise ConfigError(f"a sweep's name is made of letters, digits, '.', '_' and '-', got {name!r} (--name).")
     if (storage / name / PLAN_FILE).exists():
         raise _taken(name, str(storage))
-    settings = configs.parse_settings(options.set)
+    settings = configs.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
     config = _with_whole_paths(configs.override(PRESETS[preset](), settings))
     data_root = (options.data_root or sample_root()).resolve()
     cohort = load_cohort(data_root, config.data)

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--preset", choices=sorted(PRESETS), help="default: paper where there are a GPU and --data-root, else tiny"
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="e.g. train.epochs=20")
+    parser.add_argument("--no-cache", action="store_true", help="keep no decoded frames on disk (data.cache_gb=0)")
     parser.add_argument("--trials", type=int, help="trials to run (default: the study's own)")
     parser.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no trial and stop all after this")
     parser.add_argument("--cpus-per-trial", type=float, default=1.0)
@@ -81,7 +82,8 @@ def _check_resumable(plan: Plan, study: Study, options: argparse.Namespace) -> N
     if study.name != plan.study:
         raise ConfigError(f"{plan.name} is a sweep of {plan.study}, not of {study.name}. Name that study.")
     fixed = ("data_root", "expression", "preset", "trials", "time_budget", "gpus_per_trial", "tracking_uri")
-    given = [name for name in fixed if getattr(options, name) is not None] + (["set"] if options.set else [])
+    given = [name for name in fixed if getattr(options, name) is not None]
+    given += [name for name in ("set", "no_cache") if getattr(options, name)]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"a resumed sweep keeps its plan, got {flags} with --resume. Leave them out.")

@@ -58,8 +58,7 @@ def _train(parameters: dict[str, Any], plan: TrialPlan) -> None:
     torch.set_num_threads(plan.threads)
     config = configs.override(configs.from_json(plan.base_json), parameters["settings"])
     # The expressions train side by side: they share what one training would have. Numbers do not depend on it.
-    share = {name: getattr(config.data, name) // len(plan.expressions) for name in ("workers", "memory_mb")}
-    config = configs.override(config, {f"data.{name}": value for name, value in share.items()})
+    config = configs.override(config, {"data.workers": config.data.workers // len(plan.expressions)})
     cohort = load_cohort(plan.data_root, config.data)
     device = trial_device(plan.gpus)
     history: History = {}

@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -12,6 +13,14 @@ def test_json_round_trip_gives_an_equal_object(preset: str) -> None:
     assert config.preset == preset
     assert from_json(to_json(config)) == config
     assert override(Config(), flatten(config)) == config
+
+
+def test_a_config_of_an_earlier_version_loads_without_what_decides_nothing() -> None:
+    tree = json.loads(to_json(tiny()))
+    tree["data"]["memory_mb"] = 2048
+    assert from_json(json.dumps(tree)) == tiny()
+    with pytest.raises(ConfigError, match="no setting named"):
+        override(tiny(), {"data.memory_mb": 1})
 
 
 def test_the_paper_preset_holds_the_published_settings() -> None:
@@ -90,7 +99,7 @@ def test_settings_that_must_agree_change_together() -> None:
                 "model.rgb.spatial_depth",
                 "model.rgb.temporal_depth",
                 "data.split_seed",
-                "data.memory_mb",
+                "data.cache_gb",
                 "data.workers",
                 "train.weight_decay",
                 "train.warmup_epochs",

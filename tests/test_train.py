@@ -1,3 +1,4 @@
+import copy
 import math
 import multiprocessing
 import shutil
@@ -6,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from qafe.config import Config, TrainConfig, override
 from qafe.data.cohort import Cohort, choose_expressions, load_cohort
-from qafe.data.dataset import ClipDataset
+from qafe.data.dataset import ClipBatch, ClipDataset
 from qafe.errors import CheckpointError, ConfigError, ManifestError, MediaError
 from qafe.history import ExpressionHistory, read_history, write_history
+from qafe.losses import LOSSES
 from qafe.model import weights
 from qafe.model.qafenet import build
 from qafe.score import SUFFIX, Scorer
@@ -19,12 +22,16 @@ from qafe.train import (
     BEST_FILE,
     STATE_FILE,
     EpochResult,
+    _loader,
+    _Run,
+    _seeded,
     amp_dtype,
     epoch_batches,
     fit,
     lr_factor,
     pick_device,
     predict,
+    step_sizes,
 )
 
 
@@ -78,9 +85,10 @@ def test_seeds_decide_everything(quick: Config, smile: Cohort) -> None:
             "train.loss": "bmc",
             "train.train_noise_sigma": True,
         },
+        {"train.accumulate": 2, "model.fusion.dropout": 0.2, "train.checkpoint": True},
         {"model.fusion.dropout": 0.2, "data.workers": 1},
     ],
-    ids=["adamw-cosine-dropout", "sgd-step-sigma", "workers"],
+    ids=["adamw-cosine-dropout", "sgd-step-sigma", "accumulate", "workers"],
 )
 def test_a_resumed_run_gives_the_numbers_of_one_that_never_stopped(
     quick: Config, smile: Cohort, tmp_path: Path, settings: dict[str, object]
@@ -263,3 +271,140 @@ def test_expressions_are_chosen_by_name(sample_root: Path, quick: Config) -> Non
     assert choose_expressions(manifest, "frown, smile,frown") == ("frown", "smile")
     with pytest.raises(ManifestError, match="got 'grin'"):
         choose_expressions(manifest, "grin")
+
+
+def toy(clips: int, batch_size: int, quick: Config, smile: Cohort, **settings: object) -> _Run:
+    """A run over some clips, about to train its first epoch."""
+    names = {"train.batch_size": batch_size, "data.augment.flip": 0.0, "data.augment.crop": 1.0}
+    config = override(quick, names | {name.replace("__", "."): value for name, value in settings.items()})
+    return _Run(config, smile.store, smile.train[:clips], smile.validation, torch.device("cpu"))
+
+
+def gradients_of_an_epoch(run: _Run, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, torch.Tensor]], float]:
+    """What each step of one epoch would have applied, without applying it; and the epoch's loss."""
+    steps: list[dict[str, torch.Tensor]] = []
+
+    def note() -> None:
+        both = {**dict(run.model.named_parameters()), **dict(run.loss.named_parameters())}
+        steps.append({name: p.grad.clone() for name, p in both.items() if p.grad is not None})
+        run.optimizer.zero_grad()
+
+    monkeypatch.setattr(run, "_step", note)
+    monkeypatch.setattr(run.schedule, "step", lambda: None)
+    run.model.train()
+    for norm in run.model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            monkeypatch.setattr(norm, "train", lambda mode=True, norm=norm: norm)
+            norm.training = False
+    torch.manual_seed(3)
+    batches = epoch_batches(len(run.train_set), run.config.train.batch_size)
+    loss = run._train_epoch(_loader(run.train_set, batches, run.config, run.device))
+    return steps, loss
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("clips", [8, 7, 5], ids="of {}".format)
+def test_accumulated_batches_give_the_gradient_of_one_batch(
+    quick: Config, smile: Cohort, monkeypatch: pytest.MonkeyPatch, loss: str, clips: int
+) -> None:
+    extra = {"train__loss": loss, "train__train_noise_sigma": loss in ("bmc", "gai")}
+    one, one_loss = gradients_of_an_epoch(toy(clips, 8, quick, smile, **extra), monkeypatch)
+    parts, parts_loss = gradients_of_an_epoch(toy(clips, 2, quick, smile, train__accumulate=4, **extra), monkeypatch)
+    assert len(one) == len(parts) == 1
+    assert one[0].keys() == parts[0].keys()
+    assert ("sigma" in one[0]) == (loss in ("bmc", "gai"))
+    assert parts_loss == pytest.approx(one_loss, rel=1e-5)
+    whole = torch.cat([gradient.flatten() for gradient in one[0].values()])
+    for name, gradient in one[0].items():
+        assert (parts[0][name] - gradient).abs().max() < 1e-5 * whole.abs().max(), name
+
+
+def test_bmc_takes_batches_of_one_when_a_step_has_several(quick: Config, smile: Cohort) -> None:
+    config = override(quick, {"train.batch_size": 1, "train.accumulate": 4, "train.loss": "bmc", "train.epochs": 1})
+    assert math.isfinite(train(config, smile)[0].train_loss)
+
+
+def test_both_passes_draw_the_same_dropout_and_statistics_count_once(
+    quick: Config, smile: Cohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = toy(8, 4, quick, smile, train__accumulate=2, model__fusion__dropout=0.5, model__fusion__drop_path=0.3)
+    seen: list[torch.Tensor] = []
+    predict_batch = run._predict
+
+    def spy(batch: ClipBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        found = predict_batch(batch)
+        seen.append(found[0].detach())
+        return found
+
+    monkeypatch.setattr(run, "_predict", spy)
+    with _seeded(0, 1, run.device):
+        batches = epoch_batches(len(run.train_set), 4)
+        run._train_epoch(_loader(run.train_set, batches, run.config, run.device))
+        drawn = torch.rand(1)
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    counts = {int(value) for name, value in run.model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {2}
+    twin = toy(8, 4, quick, smile, train__loss="mse", model__fusion__dropout=0.5, model__fusion__drop_path=0.3)
+    with _seeded(0, 1, run.device):
+        batches = epoch_batches(len(run.train_set), 4)
+        monkeypatch.setattr(twin, "_step", lambda: None)
+        monkeypatch.setattr(twin.schedule, "step", lambda: None)
+        twin._train_epoch(_loader(twin.train_set, batches, twin.config, twin.device))
+        assert torch.equal(drawn, torch.rand(1)), "the second pass leaves the generator where the first did"
+    ours, theirs = dict(run.model.named_buffers()), dict(twin.model.named_buffers())
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours), "statistics of one pass over the same clips"
+
+
+@pytest.mark.parametrize(("sizes", "steps"), [([4, 4, 4], [2, 1]), ([1] * 5, [2, 3]), ([2], [1]), ([1], [1])])
+def test_steps_by_hand(sizes: list[int], steps: list[int]) -> None:
+    assert step_sizes(sizes, 2) == steps
+
+
+@pytest.mark.parametrize("encoder", ["rgb", "heatmap"])
+def test_a_frozen_encoder_stays_as_it_is(quick: Config, smile: Cohort, tmp_path: Path, encoder: str) -> None:
+    config = override(quick, {f"model.{encoder}.frozen": True, "train.epochs": 2})
+    run = _Run(config, smile.store, smile.train, smile.validation, torch.device("cpu"))
+    parts = ("spatial.", "temporal.") if encoder == "rgb" else ("heatmap.",)
+    before = copy.deepcopy(run.model.state_dict())
+    results = list(run.epochs())
+    assert {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])} == {
+        name for name in before if not name.startswith((*parts, "fusion.unused_norm"))
+    }
+    named = dict(run.model.named_parameters())
+    inside = [p for name, p in named.items() if name.startswith(parts)]
+    assert inside
+    assert not any(p in run.optimizer.state or p.grad is not None for p in inside)
+    run.model.train()
+    assert not any(m.training for name, m in run.model.named_modules() if f"{name}.".startswith(parts))
+    side, frames = getattr(config.model, encoder).size_px, config.model.clip_frames
+    channels = 3 if encoder == "rgb" else config.data.heatmap.channels
+    tokens = getattr(run.model, f"encode_{encoder}")(torch.rand(1, channels, frames, side, side))
+    assert tokens.grad_fn is None
+    results[0].save(tmp_path)
+    assert train(config, smile, resume_from=tmp_path) == []
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_checkpointing_changes_memory_alone(quick: Config, smile: Cohort, accumulate: int) -> None:
+    config = override(quick, {"train.accumulate": accumulate})
+    plain, again = train(config, smile), train(override(config, {"train.checkpoint": True}), smile)
+    assert [result.train_loss for result in plain] == [result.train_loss for result in again]
+    np.testing.assert_array_equal(plain[-1].predictions, again[-1].predictions)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings",
+    [{"train.precision": "bf16"}, {"train.precision": "fp16"}, {"train.compile": True}, {"train.checkpoint": True}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_gpu_trains_fast_and_stays_near(quick: Config, smile: Cohort, settings: dict[str, object]) -> None:
+    device = pick_device("cuda")
+    losses = []
+    for extra in ({"train.precision": "fp32"}, {"train.precision": "fp32", **settings}):
+        config = override(quick, {"train.accumulate": 2, **extra})
+        run = fit(config, smile.store, smile.train, smile.validation, device=device)
+        losses.append([result.train_loss for result in run])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)

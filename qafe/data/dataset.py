@@ -7,17 +7,17 @@ another number of workers changes it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from ..config import AugmentConfig, Config, HeatmapConfig
 from ..errors import ManifestError
@@ -25,6 +25,7 @@ from ..markup import ALL_COUNT, INNER, columns
 from ..store import Frames, Store
 from . import heatmap
 from .augment import CENTRE, ClipDraw, aligned_offset, crop_offset, draw_pair
+from .cache import FrameCache
 from .clips import test_indices, train_indices
 from .manifest import Sample
 
@@ -110,6 +111,7 @@ class ClipDataset(Dataset[Clip]):
         self.config = config
         self.train = train
         self._rendered = _uses_rendered(store, [(sample.patient, sample.video) for sample in samples], config)
+        self._cache = FrameCache(config.data.cache_gb) if config.data.cache_gb else None
         # Shared memory, so that loader workers that outlive an epoch see the next one's number.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
@@ -140,11 +142,11 @@ class ClipDataset(Dataset[Clip]):
         clip_frames = self.config.model.clip_frames
         if not self.train:
             indices = test_indices(sample.frames, clip_frames)
-            return _read_clip(self.store, sample, indices, (CENTRE, CENTRE), self.config, self._rendered)
+            return _read_clip(self.store, sample, indices, (CENTRE, CENTRE), self.config, self._rendered, self._cache)
         rng = np.random.default_rng((self.config.train.seed, self.epoch, index))
         indices = train_indices(sample.frames, clip_frames, rng)
         draws = draw_pair(rng, self.config.data.augment)
-        return _read_clip(self.store, sample, indices, draws, self.config, self._rendered)
+        return _read_clip(self.store, sample, indices, draws, self.config, self._rendered, self._cache)
 
 
 def collate(clips: list[Clip]) -> ClipBatch:
@@ -165,21 +167,19 @@ def model_inputs(batch: ClipBatch, config: Config) -> tuple[Float[Tensor, "B 3 T
     """What the two encoders read, on the batch's device: RGB frames and heatmap frames.
 
     RGB is divided by 255 and normalised by ImageNet's mean and deviation; heatmaps lie in [0, 1], as published.
+    RGB lies in memory as it is stored, frame by frame and pixel by pixel (``channels_last`` to a 2-D convolution).
     """
-    rgb = batch.rgb.permute(0, 4, 1, 2, 3).float().div_(255)
-    mean = rgb.new_tensor(RGB_MEAN).view(1, 3, 1, 1, 1)
-    std = rgb.new_tensor(RGB_STD).view(1, 3, 1, 1, 1)
-    rgb = rgb.sub_(mean).div_(std).contiguous()
+    rgb = _normalised(batch.rgb)
     if batch.points is None:
         assert batch.rendered is not None, "a batch has points or rendered heatmaps"
         return rgb, batch.rendered.permute(0, 4, 1, 2, 3).float().div_(255).contiguous()
     side = config.model.heatmap.size_px
-    resized = resized_px(side, config.data.augment)
-    maps = []
-    for points, (top, left) in zip(batch.points, batch.offsets.tolist(), strict=True):
-        whole = heatmap.render(points, config.data.heatmap, resize_px=resized)
-        maps.append(whole[..., top : top + side, left : left + side].transpose(0, 1))
-    return rgb, torch.stack(maps)
+    whole = heatmap.render(batch.points, config.data.heatmap, resize_px=resized_px(side, config.data.augment))
+    crops = [
+        clip[..., top : top + side, left : left + side].transpose(0, 1)
+        for clip, (top, left) in zip(whole, batch.offsets.tolist(), strict=True)
+    ]
+    return rgb, torch.stack(crops)
 
 
 def load_clip(store: Store, patient: str, video: str, config: Config) -> ClipBatch:
@@ -195,6 +195,21 @@ def load_clip(store: Store, patient: str, video: str, config: Config) -> ClipBat
     sample = Sample(f"{video}_{patient}", patient, video, "", float("nan"), frames)
     indices = test_indices(frames, config.model.clip_frames)
     return collate([_read_clip(store, sample, indices, (CENTRE, CENTRE), config, rendered)])
+
+
+def _normalised(rgb: UInt8[Tensor, "B T H W 3"]) -> Float[Tensor, "B 3 T H W"]:
+    """(rgb / 255 - mean) / deviation as one multiply-add, on a CPU a frame at a time: what its caches hold."""
+    mean, deviation = np.array(RGB_MEAN), np.array(RGB_STD)
+    scale, shift = (
+        torch.tensor(values, dtype=torch.float32, device=rgb.device).repeat(rgb.shape[3])
+        for values in (1 / (255 * deviation), -mean / deviation)
+    )
+    rows = rgb.flatten(0, 1).flatten(2)  # BT H W3
+    normalised = torch.empty(rows.shape, device=rgb.device)
+    step = 1 if rgb.device.type == "cpu" else max(len(rows), 1)
+    for first in range(0, len(rows), step):
+        torch.addcmul(shift, rows[first : first + step].float(), scale, out=normalised[first : first + step])
+    return normalised.view(rgb.shape).permute(0, 4, 1, 2, 3)
 
 
 def _uses_rendered(store: Store, videos: list[tuple[str, str]], config: Config) -> bool:
@@ -232,15 +247,19 @@ def _read_clip(
     draws: tuple[ClipDraw, ClipDraw],
     config: Config,
     rendered: bool,
+    cache: FrameCache | None = None,
 ) -> Clip:
     rgb_draw, heatmap_draw = draws
     augment = config.data.augment
     rgb_side, map_side = config.model.rgb.size_px, config.model.heatmap.size_px
     rgb_resized, map_resized = resized_px(rgb_side, augment), resized_px(map_side, augment)
-    worker = get_worker_info()
-    memory_mb = config.data.memory_mb // (worker.num_workers if worker else 1)
-    frames = _FRAMES.read(store, sample, indices, rgb_resized, memory_mb)
     rgb_offset = crop_offset(rgb_draw, rgb_resized, rgb_side)
+    whole = cache.frames(store, sample.patient, sample.video, rgb_resized) if cache else None
+    if whole is not None and len(whole) == sample.frames:
+        rgb = _cropped(whole, rgb_draw.flip, rgb_offset, rgb_side, indices)
+    else:
+        frames = store.read_frames(sample.patient, sample.video, indices, rgb_resized)
+        rgb = _cropped(frames, rgb_draw.flip, rgb_offset, rgb_side)
     rest = (0.0, 0.0)
     if heatmap_draw == rgb_draw:
         offset, rest = aligned_offset(rgb_offset, (rgb_resized, rgb_side), (map_resized, map_side))
@@ -248,12 +267,12 @@ def _read_clip(
         offset = crop_offset(heatmap_draw, map_resized, map_side)
     points = maps = None
     if rendered:
-        whole = store.read_rendered_heatmaps(sample.patient, sample.video, indices, map_resized)
-        maps = _cropped(whole, heatmap_draw.flip, offset, map_side)
+        pictures = store.read_rendered_heatmaps(sample.patient, sample.video, indices, map_resized)
+        maps = _cropped(pictures, heatmap_draw.flip, offset, map_side)
     else:
         points = _canvas_points(store, sample, indices, heatmap_draw.flip, rest, map_resized, config)
     return Clip(
-        rgb=_cropped(frames, rgb_draw.flip, rgb_offset, rgb_side),
+        rgb=rgb,
         points=points,
         rendered=maps,
         offset=offset,
@@ -262,13 +281,23 @@ def _read_clip(
     )
 
 
-def _cropped(frames: Frames, flip: bool, offset: tuple[int, int], side: int) -> Tensor:
-    """Flip, then crop, in one copy: a crop of the mirrored frame is the mirror of a crop from the other side."""
+def _cropped(
+    frames: Frames, flip: bool, offset: tuple[int, int], side: int, indices: npt.NDArray[np.int64] | None = None
+) -> Tensor:
+    """Chosen frames, flipped and then cropped, in one copy: a crop of the mirrored frame is the mirror of a crop from
+    the other side."""
     top, left = offset
-    if not flip:
-        return torch.from_numpy(np.ascontiguousarray(frames[:, top : top + side, left : left + side]))
-    start = frames.shape[2] - left - side
-    return torch.from_numpy(np.ascontiguousarray(frames[:, top : top + side, start : start + side][:, :, ::-1]))
+    if flip:
+        left = frames.shape[2] - left - side
+    chosen = range(len(frames)) if indices is None else indices.tolist()
+    cropped = np.empty((len(chosen), side, side, 3), np.uint8)
+    for out, index in zip(cropped, chosen, strict=True):
+        crop = frames[index, top : top + side, left : left + side]
+        if flip:
+            cv2.flip(crop, 1, dst=out)
+        else:
+            out[:] = crop
+    return torch.from_numpy(cropped)
 
 
 def _canvas_points(
@@ -305,75 +334,6 @@ def _drawn(config: HeatmapConfig, count: int) -> list[int]:
     return [column for column in columns(config.points, count) if not (config.skip_first and column == first)]
 
 
-_FramesKey = tuple[Path, str, str, int, tuple[int, int]]
-
-
-class _FrameMemory:
-    """Decoded frames of whole videos, shared by all datasets of a process: later epochs decode nothing, nor do
-    later trials where ``data.workers=0`` reads in the process that trains.
-
-    A loader worker has a memory of its own, with its share of ``data.memory_mb``, for as long as the run lives.
-    Keeps what was used last, with one exception that an epoch needs: going round more videos than fit would drop
-    each just before it is wanted again. So a video makes room only when it has not been used for 8 times as many
-    reads as there are videos kept; until then a new one is read but not kept.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: dict[_FramesKey, Frames] = {}
-        self._used: dict[_FramesKey, int] = {}
-        self._bytes = 0
-        self._reads = 0
-
-    def read(
-        self, store: Store, sample: Sample, indices: npt.NDArray[np.int64], size_px: int, memory_mb: int
-    ) -> Frames:
-        """The frames at these indices; the whole video is decoded when it will be kept."""
-        stamp = store.stamp(sample.patient, sample.video)
-        key = (store.root.absolute(), sample.patient, sample.video, size_px, stamp)
-        need = sample.frames * size_px**2 * 3
-        with self._lock:
-            self._reads += 1
-            whole = self._kept.get(key)
-            if whole is not None:
-                self._touch(key)
-            keep = whole is None and self._make_room(need, memory_mb * 2**20)
-        if whole is not None and len(whole) == sample.frames:
-            return whole[indices]
-        if not keep:
-            return store.read_frames(sample.patient, sample.video, indices, size_px)
-        whole = store.read_frames(sample.patient, sample.video, np.arange(sample.frames), size_px)
-        with self._lock:
-            if key not in self._kept:
-                self._kept[key] = whole
-                self._bytes += whole.nbytes
-            self._touch(key)
-        return whole[indices]
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        with self._lock:
-            self._kept.clear()
-            self._used.clear()
-            self._bytes = 0
-
-    def _touch(self, key: _FramesKey) -> None:
-        self._used.pop(key, None)
-        self._used[key] = self._reads  # The dict's order is the order of use.
-
-    def _make_room(self, need: int, limit: int) -> bool:
-        if need > limit:
-            return False
-        idle = 8 * len(self._kept)
-        while self._bytes + need > limit:
-            oldest = next(iter(self._used))
-            if self._reads - self._used[oldest] <= idle:
-                return False
-            self._bytes -= self._kept.pop(oldest).nbytes
-            del self._used[oldest]
-        return True
-
-
 class _LandmarkMemory:
     """Landmarks and frame sizes of the videos read so far: some 100 kB each, so all are kept up to a count."""
 
@@ -398,16 +358,5 @@ class _LandmarkMemory:
             self._kept[key] = found
         return found
 
-    def clear(self) -> None:
-        """Forgets everything."""
-        self._kept.clear()
 
-
-_FRAMES = _FrameMemory()
 _LANDMARKS = _LandmarkMemory()
-
-
-def clear_memory() -> None:
-    """Drops all frames and landmarks that this process keeps."""
-    _FRAMES.clear()
-    _LANDMARKS.clear()

@@ -1,5 +1,7 @@
 """QAFE-Net: a clip of RGB frames and its landmark heatmaps -> one severity score."""
 
+from collections.abc import Iterator
+
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -41,6 +43,21 @@ class QAFENet(nn.Module):
             segments=config.segments,
         )
         self.head = Head(width=config.fusion.width, hidden=config.head_widths)
+        for encoder in self._frozen():
+            encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "QAFENet":
+        """Training mode for all but the frozen encoders, which stay as in evaluation."""
+        super().train(mode)
+        for encoder in self._frozen():
+            encoder.eval()
+        return self
+
+    def _frozen(self) -> Iterator[nn.Module]:
+        if self.config.rgb.frozen:
+            yield from (self.spatial, self.temporal)
+        if self.config.heatmap.frozen:
+            yield self.heatmap
 
     def forward(self, rgb: Float[Tensor, "B 3 T H W"], heatmap: Float[Tensor, "B C T h w"]) -> Float[Tensor, " B"]:
         """The score of each clip, without bound.

@@ -20,6 +20,8 @@ class Row:
     rival: list[float]
     rival_name: str = "published"
     notes: list[str] = field(default_factory=list)
+    quantity: str = "s"
+    """What ``ours`` and ``rival`` are in: ``s`` or ``GB``; less is better in both."""
 
     @property
     def ratios(self) -> list[float]:
@@ -31,9 +33,9 @@ class Row:
         return {
             "what": self.what,
             "unit": self.unit,
-            "ours_s": statistics.median(self.ours),
+            f"ours_{self.quantity}": statistics.median(self.ours),
             "rival": self.rival_name,
-            "rival_s": statistics.median(self.rival),
+            f"rival_{self.quantity}": statistics.median(self.rival),
             "ratio": statistics.median(self.ratios),
             "ratio_range": [min(self.ratios), max(self.ratios)],
             "rounds": len(self.ours),

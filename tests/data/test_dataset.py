@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -199,52 +198,6 @@ def test_evaluation_is_one_fixed_centre_clip(store: Store) -> None:
     assert batch.points is not None
     assert once.points is not None
     assert torch.equal(batch.points[0], once.points)
-
-
-def test_frames_are_decoded_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    module.clear_memory()
-    reads = []
-    read = Store.read_frames
-    monkeypatch.setattr(Store, "read_frames", lambda *args: [reads.append(args[2]), read(*args)][1])
-    for _ in range(3):
-        clips = dataset(store, TINY)
-        for index in range(len(clips)):
-            clips[index]
-    assert len(reads) == 8
-    without = dataset(store, override(TINY, {"data.memory_mb": 0}))
-    kept = dataset(store, TINY)
-    assert equal(without[1], kept[1])
-    module.clear_memory()
-    reads.clear()
-    without[1], without[1]
-    assert len(reads) == 2
-
-
-def test_memory_stays_within_its_limit_and_lets_old_videos_go(store: Store) -> None:
-    memory = module._FrameMemory()
-    samples = read_manifest(store).train
-    indices = np.arange(3)
-    limit_mb = 1  # 12 frames of 128 px are 576 KiB: one video fits.
-    for _ in range(4):
-        for sample in samples:
-            frames = memory.read(store, sample, indices, 128, limit_mb)
-            assert frames.shape == (3, 128, 128, 3)
-            assert memory._bytes <= limit_mb * 2**20
-    assert len(memory._kept) == 1
-    for _ in range(10):
-        memory.read(store, samples[1], indices, 128, limit_mb)
-    assert [key[2] for key in memory._kept] == [samples[1].video]
-
-
-def test_workers_share_the_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = []
-    read = module._FRAMES.read
-    monkeypatch.setattr(module._FRAMES, "read", lambda *args: [given.append(args[-1]), read(*args)][1])
-    clips = dataset(store, override(TINY, {"data.memory_mb": 100}))
-    clips[0]
-    monkeypatch.setattr(module, "get_worker_info", lambda: SimpleNamespace(num_workers=4))
-    clips[0]
-    assert given == [100, 25]
 
 
 def test_rewritten_video_is_read_again(store: Store) -> None:

@@ -154,6 +154,118 @@ def test_mirrored_points_draw_the_mirrored_frame() -> None:
     torch.testing.assert_close(mirrored, heatmap.draw(landmarks, PLAIN).flip(-1))
 
 
+def slow(landmarks: torch.Tensor, config: HeatmapConfig) -> np.ndarray:
+    """What `draw` means, in float64: an image for each point, pixel by pixel."""
+    side, window = config.canvas_px, config.window_px
+    total = np.zeros((side, side))
+    for x, y in landmarks.tolist():
+        image = np.zeros((side, side))
+        if math.isfinite(x) and math.isfinite(y):
+            distances = {
+                (row, column): (column - x) ** 2 + (row - y) ** 2
+                for row in range(max(0, int(y - window)), min(side, int(y + window + 1)))
+                for column in range(max(0, int(x - window)), min(side, int(x + window + 1)))
+            }
+            for place, distance in distances.items():
+                image[place] = math.exp((min(distances.values()) - distance) / (2 * config.sigma_px**2))
+        total += image
+    if config.blur_px > 1:
+        total = cv2.GaussianBlur(total, (config.blur_px, config.blur_px), 0)
+    return total / (total.max() or 1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_settings_draw_what_the_slow_way_draws(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    blur = int(rng.choice([0, 1, 3, 5, 7, 9, 15]))
+    side = int(rng.integers(max(blur + 1, 4), 49))
+    config = HeatmapConfig(
+        canvas_px=side, sigma_px=float(rng.uniform(0.3, 5)), window_px=int(rng.integers(1, 9)), blur_px=blur
+    )
+    # Frames of points here and there; around the frame; in one corner; and of none that can be drawn.
+    landmarks = rng.uniform(-12, side + 12, (6, 5, 2)).astype(np.float32)
+    landmarks[1] = landmarks[1].round()
+    landmarks[2] %= 4
+    landmarks[3] = rng.choice([math.nan, math.inf, -math.inf, 1e9, -1e9, 1e30, 3, side - 1], (5, 2))
+    landmarks[4] = math.nan
+    drawn = heatmap.draw(torch.from_numpy(landmarks), config)
+    expected = np.stack([slow(frame, config) for frame in torch.from_numpy(landmarks)])
+    np.testing.assert_allclose(drawn.numpy(), expected, atol=3e-6)
+    for frame, alone in zip(landmarks, drawn, strict=True):  # Others in the batch change what is drawn at a time.
+        torch.testing.assert_close(heatmap.draw(torch.from_numpy(frame), config), alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_landmarks_are_left_as_they_are(count: int) -> None:
+    landmarks = torch.full((1, count, 2), torch.nan)
+    assert not heatmap.draw(landmarks, PLAIN).any()
+    assert landmarks.isnan().all()
+
+
+def test_first_point_counts_where_it_is_drawn() -> None:
+    store_points = torch.rand(3, 8, 2, generator=torch.Generator().manual_seed(0)) * 32
+    whole = np.stack([slow(frame, PLAIN) for frame in store_points])
+    rest = np.stack([slow(frame[1:], PLAIN) for frame in store_points])
+    np.testing.assert_allclose(heatmap.draw(store_points, PLAIN).numpy(), whole, atol=2e-6)
+    np.testing.assert_allclose(heatmap.draw(store_points[:, 1:], PLAIN).numpy(), rest, atol=2e-6)
+    assert np.abs(whole - rest).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["face", "rand", "sub"])
+@pytest.mark.parametrize("sigma", [1, 2, 3])
+def test_pictures_are_the_published_ones_to_the_last_pixel(name: str, sigma: int) -> None:
+    golden = reference.arrays("golden_heatmap")
+    landmarks = torch.from_numpy(golden[f"{name}.landmarks"].astype(np.float32))[1:]
+    frames = heatmap.pictures(landmarks, HeatmapConfig(sigma_px=float(sigma)))
+    assert frames.shape == (256, 256, 3)
+    np.testing.assert_array_equal(frames.numpy(), golden[f"{name}.s{sigma}.jet_bgr"][..., ::-1])
+
+
+def test_pictures_are_the_coloured_drawing() -> None:
+    landmarks = torch.rand(2, 5, 7, 2, generator=torch.Generator().manual_seed(0)) * 60 - 14
+    config = HeatmapConfig(canvas_px=32, window_px=3)
+    coloured = heatmap.colourise(heatmap.draw(landmarks, config)) * 255
+    frames = heatmap.pictures(landmarks, config)
+    assert frames.dtype == torch.uint8
+    torch.testing.assert_close(frames.movedim(-1, -3).float(), coloured)
+
+
+@pytest.mark.parametrize(("canvas", "levels"), [(32, 0), (48, 0), (64, 0), (50, 1)])
+def test_jet_is_resized_as_pillow_does(canvas: int, levels: int) -> None:
+    landmarks = torch.rand(4, 7, 2, generator=torch.Generator().manual_seed(0)) * canvas
+    config = HeatmapConfig(canvas_px=canvas, window_px=3)
+    got = (heatmap.render(landmarks, config, resize_px=16) * 255).round().byte()
+    for frame, picture in zip(got, heatmap.pictures(landmarks, config), strict=True):
+        image = Image.fromarray(np.ascontiguousarray(picture.numpy())).resize((16, 16), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(frame.permute(1, 2, 0).int().numpy(), np.asarray(image, np.int32), atol=levels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [HeatmapConfig(), HeatmapConfig(canvas_px=64), HeatmapConfig(colour="grey")])
+def test_gpu_equals_cpu(config: HeatmapConfig) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    landmarks = torch.rand(40, 73, 2, generator=torch.Generator().manual_seed(0)) * config.canvas_px
+    landmarks[3], landmarks[4, :9] = torch.nan, -1e9
+    on_gpu = landmarks.cuda()
+    heatmap.render(on_gpu[:1], config, resize_px=64)  # Tables go to the device once.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn, frames = heatmap.draw(on_gpu, config), heatmap.render(on_gpu, config, resize_px=64)
+        pictures = heatmap.pictures(on_gpu, config)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(drawn.cpu(), heatmap.draw(landmarks, config), atol=2e-6, rtol=0)
+    # A value at the edge of a level may fall to either side: a grey level is up to 4 levels of a colour.
+    for got, expected in (
+        (pictures.cpu() / 255, heatmap.pictures(landmarks, config) / 255),
+        (frames.cpu(), heatmap.render(landmarks, config, resize_px=64)),
+    ):
+        wrong = (got - expected).abs()
+        assert wrong.max() < 4.1 / 255
+        assert (wrong > 1e-5).float().mean() < 1e-4
+
+
 @pytest.mark.gpu
 def test_gpu_draws_the_same() -> None:
     if not torch.cuda.is_available():
