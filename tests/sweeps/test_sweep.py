@@ -215,7 +215,7 @@ def test_registry_mistakes_get_one_line(champion: Sweep, line: list[str], words:
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Ray's trial workers below a sweep's process. Ray names the method too while one runs, so only the class counts."""
+    """Ray's trial workers below a sweep's process, known by their class: the method is named only while one runs."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
