@@ -54,6 +54,7 @@ class EpochResult:
         best_spearman: its Spearman.
         seconds: of the epoch, evaluation included; clips_per_s: of its training part.
         peak_memory_mb: on the device where it is a GPU, else of the process.
+        parameters: of the model.
     """
 
     epoch: int
@@ -66,6 +67,7 @@ class EpochResult:
     seconds: float
     clips_per_s: float
     peak_memory_mb: float
+    parameters: int
     save: Callable[[Path], None] = dataclasses.field(repr=False)
     """Writes all that `fit` needs to go on (``last.pt``) and the best weights (``best.safetensors``) to a folder."""
 
@@ -106,7 +108,8 @@ def fit(
 
     Args:
         train, validation: samples of one expression; whole patients on one side each.
-        resume_from: a folder that `EpochResult.save` wrote with the same config.
+        resume_from: a folder that `EpochResult.save` wrote with the same config; a step's clips may lie in other
+            batches (``train.batch_size`` x ``train.accumulate``).
     Raises:
         ManifestError: too few samples to train or to validate on.
         CheckpointError: the folder holds another run's state, or a damaged one.
@@ -203,6 +206,7 @@ class _Run:
             seconds=time.perf_counter() - started,
             clips_per_s=len(self.train_set) / (trained - started),
             peak_memory_mb=_peak_memory_mb(self.device),
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             save=self.save,
         )
 
@@ -299,9 +303,8 @@ class _Run:
 
     def restore(self, folder: Path) -> None:
         state = _read_state(folder / STATE_FILE)
-        if configs.from_json(state["config"]) != self.config:
-            ours = configs.flatten(self.config)
-            theirs = configs.flatten(configs.from_json(state["config"]))
+        ours, theirs = _same_steps(self.config), _same_steps(configs.from_json(state["config"]))
+        if ours != theirs:
             changed = [f"{name}={theirs[name]}" for name in ours if ours[name] != theirs[name]]
             raise CheckpointError(
                 f"a run resumes with the config it was started with; {folder / STATE_FILE} has "
@@ -469,6 +472,14 @@ def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device)
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
+
+
+def _same_steps(config: Config) -> dict[str, Any]:
+    """A config's settings, but for those that a run may change when it resumes: how a step's clips are computed."""
+    flat = configs.flatten(config)
+    flat["train.batch_size"] *= flat.pop("train.accumulate")
+    free = ("train.checkpoint", "train.compile", "data.workers", "data.cache_gb")
+    return {name: value for name, value in flat.items() if name not in free}
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -6,17 +6,18 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import shutil
-import sys
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray
 from ray import tune
-from ray.tune import CheckpointConfig, ResumeConfig
-from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from qafe import config as configs
 from qafe import console
@@ -25,28 +26,27 @@ from qafe.errors import ConfigError, QafeError
 from tracking.connection import embedded_path, masked
 from tracking.runs import SPOOL_FILE, SweepTracker, TrialState
 
-from . import page, report
-from .callbacks import TellPeople, TrackTrials, checkpoint_folder
+from . import checkpoints, page, report
+from .callbacks import KeepCheckpoints, StopWhenAsked, TellPeople, TrackTrials, WaitForRoom, say
+from .control import Control
 from .plan import REPORT_FOLDER, Plan, clip_counts, source_tags, sweep_params
-from .searcher import OBJECTIVE, StudySearcher, give_up, open_study, running_trials
-from .sweep import Study
+from .searcher import OBJECTIVE, StudyScheduler, StudySearcher
+from .study import give_up, link_runs, own_trials, running_trials
+from .sweep import Sweep
 from .trial import TrialPlan, train_trial
 
-JOURNAL_FILE = "study.journal"
 LOCK_FILE = "sweep.lock"
-REDUCTION_FACTOR = 3
 WORKER_RESTARTS = 3
-CHECKPOINTS_KEPT = 3
+"""How often a trial may lose its worker between two epochs; see `callbacks.TrackTrials`."""
 
 
-def run_sweep(
-    plan: Plan, study: Study, *, address: str | None = None, resume: bool = False, json_file: Path | None = None
-) -> int:
-    """Runs or resumes a planned sweep to its report, and returns the exit status.
+def run_sweep(plan: Plan, sweep: Sweep, *, address: str | None = None, json_file: Path | None = None) -> int:
+    """Runs a planned sweep, or what is left of it, to its report, and returns the exit status.
 
     Raises:
         ConfigError: the Ray cluster cannot be reached, the sweep is running already, or its data has changed.
         ManifestError: the dataset is gone.
+        QafeError: a trial found data that cannot be read, or none finished.
     """
     config = configs.from_json(plan.config_json)
     folder = Path(plan.folder)
@@ -57,18 +57,18 @@ def run_sweep(
             "Start a new sweep."
         )
     clips = clip_counts(cohort, plan.expressions)
-    _say(
+    say(
         f"sweep {plan.name}: {plan.trials} trials of {config.preset} on {', '.join(plan.expressions)} "
         f"({', '.join(f'{count} {part}' for part, count in clips.items())} clips of {plan.data_root})"
     )
     try:
-        with _only_driver(folder), _ray(address), _tracked(plan, cohort) as tracker:
-            summary = _search(plan, study, cohort, tracker, resume)
+        with _only_driver(folder), _terminated_as_interrupted(), _ray(address), _tracked(plan, cohort) as tracker:
+            summary = _search(plan, sweep, cohort, tracker)
     except KeyboardInterrupt:
         hint = f"python -m sweeps.run {plan.study} --resume --name {plan.name}"
         hint += f" --address {address}" if address else ""
         hint += "" if folder.parent == Path.home() / "ray_results" else f" --storage {folder.parent}"
-        _say(f"interrupted; go on with:  {hint}")
+        say(f"interrupted; go on with:  {hint}")
         return console.INTERRUPTED
     _print_summary(summary, plan)
     if json_file:
@@ -103,88 +103,80 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
     finally:
         tracker.sweep_ended(state)
         if unsent := tracker.close():
-            _say(
+            say(
                 f"{unsent} entries did not reach the tracking server; send them later with:  "
                 f"python -m tracking.runs replay {spool}"
             )
 
 
-def _search(plan: Plan, study: Study, cohort: Cohort, tracker: SweepTracker, resume: bool) -> dict[str, Any]:
-    """All trials, then the report; KeyboardInterrupt if Ctrl-C ended the trials early."""
+def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> dict[str, Any]:
+    """All trials, then the report; KeyboardInterrupt if Ctrl-C or ``sweeps.stop`` ended the trials early."""
     started = time.monotonic()
-    checkpoints, begun = _tune(plan, study, tracker, resume)
-    optuna_study = open_study(Path(plan.folder) / JOURNAL_FILE, plan.name)
-    running = running_trials(optuna_study)
+    folder, control = Path(plan.folder), Control(Path(plan.folder))
+    control.clear()
+    searcher = StudySearcher(plan, sweep)
+    _tune(plan, searcher, tracker, control)
     budget_spent = plan.time_budget_s is not None and time.monotonic() - started >= plan.time_budget_s
-    for trial in running:
+    running = running_trials(searcher.study)
+    for number in running:
         state: TrialState = "pruned" if budget_spent else "killed"
         reason = "the sweep's time budget was spent" if budget_spent else "sweep interrupted"
-        tracker.trial_ended(trial, state, folder=checkpoints.get(trial), reason=reason)
+        tracker.trial_ended(str(number), state, folder=checkpoints.last(folder, number), reason=reason)
     if budget_spent:
-        give_up(optuna_study)
-    elif running or begun < plan.trials:  # Ray Tune returns from Ctrl-C as if nothing had happened
+        give_up(searcher.study, "the sweep's time budget was spent")
+    elif searcher.closed:
+        raise QafeError(f"{searcher.closed} The sweep has stopped, for every trial would find it.")
+    elif running or len(own_trials(searcher.study)) < plan.trials:  # Ray Tune returns from Ctrl-C as if all was done
         raise KeyboardInterrupt
-    return _report(plan, cohort, checkpoints, tracker, time.monotonic() - started)
+    return _report(plan, cohort, searcher.study, tracker, time.monotonic() - started)
 
 
-def _tune(plan: Plan, study: Study, tracker: SweepTracker, resume: bool) -> tuple[dict[str, Path], int]:
-    """Runs the trials; gives each trial's last checkpoint and the number of trials that were begun."""
-    config = configs.from_json(plan.config_json)
-    folder = Path(plan.folder)
+def _tune(plan: Plan, searcher: StudySearcher, tracker: SweepTracker, control: Control) -> None:
+    """Runs trials until the study has all that are planned, or people or the time budget stop it."""
     trial_plan = TrialPlan(
         base_json=plan.config_json,
         data_root=plan.data_root,
         expressions=plan.expressions,
         threads=max(1, int(plan.cpus_per_trial)),
         gpus=plan.gpus_per_trial,
+        folder=plan.folder,
     )
-    searcher = StudySearcher(study, config, frozenset(plan.pinned), folder / JOURNAL_FILE, plan.name, plan.seed)
-    # A sweep that died before Ray's first snapshot has nothing to restore: its open trials are lost.
-    snapshot = resume and any(folder.glob("experiment_state-*.json"))
-    if resume and not snapshot:
-        give_up(open_study(folder / JOURNAL_FILE, plan.name))
-    scheduler = AsyncHyperBandScheduler(
-        time_attr="epoch",
-        metric=OBJECTIVE,
-        mode="max",
-        max_t=config.train.epochs,
-        grace_period=min(study.grace_epochs, config.train.epochs),
-        reduction_factor=REDUCTION_FACTOR,
-    )
-    analysis = tune.run(
+    tune.run(
         tune.with_parameters(train_trial, plan=trial_plan),
         name=plan.name,
-        storage_path=str(folder.parent),
-        num_samples=plan.trials,
+        storage_path=str(Path(plan.folder).parent),
+        num_samples=-1,  # the searcher knows when there are enough
         search_alg=searcher,
-        scheduler=scheduler,
+        scheduler=StudyScheduler(searcher, control),
         resources_per_trial={"cpu": plan.cpus_per_trial, "gpu": plan.gpus_per_trial},
         time_budget_s=plan.time_budget_s,
-        checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+        stop=StopWhenAsked(searcher, control),
         max_failures=WORKER_RESTARTS,
         raise_on_failed_trial=False,
         reuse_actors=True,
-        resume_config=ResumeConfig(errored=ResumeConfig.ResumeType.RESUME) if snapshot else None,  # type: ignore[arg-type]
-        callbacks=[TrackTrials(tracker, config), TellPeople(plan.trials)],
+        callbacks=[
+            TrackTrials(tracker, plan, searcher, control),
+            KeepCheckpoints(tracker, plan, searcher.study),
+            WaitForRoom(control),
+            TellPeople(plan.trials, searcher.study),
+        ],
         trial_name_creator=_trial_name,
         trial_dirname_creator=_trial_name,
         verbose=0,
     )
-    checkpoints = {trial.trial_id: place for trial in analysis.trials if (place := checkpoint_folder(trial))}
-    return checkpoints, len(analysis.trials)
 
 
 def _trial_name(trial: Any) -> str:
-    return f"trial_{trial.config['number']:03d}_{trial.trial_id}"
+    return checkpoints.trial_name(trial.config["number"], trial.config["attempt"])
 
 
-def _report(
-    plan: Plan, cohort: Cohort, checkpoints: dict[str, Path], tracker: SweepTracker, seconds: float
-) -> dict[str, Any]:
+def _report(plan: Plan, cohort: Cohort, study: optuna.Study, tracker: SweepTracker, seconds: float) -> dict[str, Any]:
     """Tests the best trial once, writes the report and hands it to the tracker."""
-    optuna_study = open_study(Path(plan.folder) / JOURNAL_FILE, plan.name)
+    folder = Path(plan.folder)
     tracker.wait_until_sent(patience_s=60)
-    trials = report.summarise(optuna_study, checkpoints, tracker.run_ids())
+    runs = {int(trial): run for trial, run in tracker.run_ids().items() if trial}
+    link_runs(study, runs)
+    trials = report.summarise(study, folder, runs)
     best = report.best_trial(trials)
     if best is None:
         raise QafeError(
@@ -193,18 +185,19 @@ def _report(
         )
     summary = report.sum_up(plan, cohort, trials, best, seconds)
     summary["mlflow"] = {"experiment_id": tracker.experiment_id, "run_id": tracker.run_ids().get("", "")}
-    folder = Path(plan.folder) / REPORT_FOLDER
-    unfinished = folder.with_name(folder.name + ".unfinished")
+    place = folder / REPORT_FOLDER
+    unfinished = place.with_name(place.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    page.write_report(unfinished, trials, report.importances(optuna_study), summary)
-    unfinished.replace(folder)
+    page.write_report(unfinished, trials, report.importances(study), summary)
+    shutil.rmtree(place, ignore_errors=True)  # of before an extension
+    unfinished.replace(place)
     numbers = {OBJECTIVE: summary["best"][OBJECTIVE], "trials": float(len(trials))}
     if luck := summary["luck"]:
         numbers |= {"luck_threshold": luck["threshold"], "luck_p_value": luck["p_value"]}
     if (test := summary["best"]["test_spearman"]) is not None:
         numbers["test_spearman"] = test
-        tracker.trial_metrics(best.ray_trial, {"test_spearman": test})
-    tracker.sweep_files(folder, numbers)
+        tracker.trial_metrics(str(best.number), {"test_spearman": test})
+    tracker.sweep_files(place, numbers)
     return summary
 
 
@@ -248,5 +241,18 @@ def _ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Within the block, SIGTERM ends the sweep as Ctrl-C does: its runs are closed and it can go on later."""
+
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -30,9 +30,11 @@ from tracking.privacy import PATH_SETTINGS, without_paths
 from tracking.pseudonyms import load_key
 from tracking.runs import sweep_exists
 
-from .sweep import Study, trial_device
+from .study import DIRECTIONS, Objective, Sampler, Scheduler, make_sampler
+from .sweep import Sweep, trial_device
 
 PLAN_FILE = "sweep.json"
+KEPT_CHECKPOINTS = 5
 REPORT_FOLDER = "report"
 
 
@@ -46,6 +48,11 @@ class Plan:
         pinned: settings of the study that are not searched, because ``--set`` or the data fixes them.
         data_root: the prepared dataset.
         tracking_uri: the MLflow store, absolute.
+        trials: how many are planned, all extensions included.
+        grace_epochs: epochs that every trial gets before it may be stopped early.
+        objectives: what the study is told of a finished trial; early stopping needs a single one.
+        study_storage: URL of the database that holds the study; empty for a file in the sweep's folder.
+        keep_checkpoints: how many ended trials keep their best weights on disk.
     """
 
     id: str
@@ -63,18 +70,28 @@ class Plan:
     gpus_per_trial: float
     time_budget_s: float | None
     tracking_uri: str
+    grace_epochs: int
+    scheduler: Scheduler = "asha"
+    sampler: Sampler = "tpe"
+    objectives: tuple[Objective, ...] = ("spearman",)
+    study_storage: str = ""
+    keep_checkpoints: int = KEPT_CHECKPOINTS
 
-    def save(self) -> None:
-        """Makes the sweep's folder and writes the plan, readable by its owner alone (a URI may hold a password).
+    def make_folder(self) -> None:
+        """Makes the sweep's folder with the plan in it.
 
         Raises:
             ConfigError: another sweep has taken the folder meanwhile.
         """
-        folder = Path(self.folder)
         try:
-            folder.mkdir()
+            Path(self.folder).mkdir()
         except FileExistsError as err:
-            raise _taken(self.name, str(folder.parent)) from err
+            raise _taken(self.name, str(Path(self.folder).parent)) from err
+        self.save()
+
+    def save(self) -> None:
+        """Writes the plan, readable by its owner alone (a URI may hold a password)."""
+        folder = Path(self.folder)
         unfinished = folder / (PLAN_FILE + ".unfinished")
         with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT, 0o600), "w") as out:
             json.dump(dataclasses.asdict(self), out, indent=2)
@@ -89,7 +106,7 @@ class Plan:
         """
         try:
             tree = json.loads((folder / PLAN_FILE).read_text())
-            return cls(**tree | {name: tuple(tree[name]) for name in ("expressions", "pinned")})
+            return cls(**tree | {name: tuple(tree[name]) for name in ("expressions", "pinned", "objectives")})
         except (OSError, ValueError, TypeError, KeyError) as err:
             raise ConfigError(
                 f"only a sweep that was started can be resumed, there is no plan in {folder} ({type(err).__name__}). "
@@ -97,7 +114,7 @@ class Plan:
             ) from err
 
 
-def make_plan(options: argparse.Namespace, study: Study, storage: Path) -> Plan:
+def make_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
     """A new sweep's plan from the command line's options, written to its folder.
 
     Whatever cannot work is found here, before Ray starts; nothing is written until all of it can.
@@ -112,20 +129,22 @@ def make_plan(options: argparse.Namespace, study: Study, storage: Path) -> Plan:
         )
     preset = options.preset or ("paper" if gpus and options.data_root else "tiny")
     gpus_per_trial = float(gpus > 0) if options.gpus_per_trial is None else options.gpus_per_trial
-    trials = study.trials if options.trials is None else options.trials
+    trials = sweep.trials if options.trials is None else options.trials
     _check_resources(options, trials, gpus_per_trial, gpus)
     name = options.name or ""
     if not re.fullmatch(r"[A-Za-z0-9._-]*", name):
         raise ConfigError(f"a sweep's name is made of letters, digits, '.', '_' and '-', got {name!r} (--name).")
     if (storage / name / PLAN_FILE).exists():
         raise _taken(name, str(storage))
+    objectives, scheduler = _objectives(options)
+    make_sampler(options.sampler, options.seed)
     settings = configs.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
     config = _with_whole_paths(configs.override(PRESETS[preset](), settings))
     data_root = (options.data_root or sample_root()).resolve()
     cohort = load_cohort(data_root, config.data)
     expressions = choose_expressions(cohort.manifest, options.expression)
-    pinned = study.names(config) & (frozenset(settings) | _without_landmarks(cohort, expressions))
-    study.baseline(config, pinned)
+    pinned = sweep.names(config) & (frozenset(settings) | _without_landmarks(cohort, expressions))
+    sweep.baseline(config, pinned)
     amp_dtype(config.train, trial_device(gpus_per_trial))
     for expression in expressions:  # checks all that it needs, and is not asked for an epoch
         part = cohort.only(expression)
@@ -137,11 +156,11 @@ def make_plan(options: argparse.Namespace, study: Study, storage: Path) -> Plan:
         raise _taken(name, masked(uri))
     storage.mkdir(parents=True, exist_ok=True)
     if not name:
-        name = free_name(storage, study, lambda taken: sweep_exists(client, taken))
+        name = free_name(storage, sweep, lambda taken: sweep_exists(client, taken))
     plan = Plan(
         id=uuid.uuid4().hex,
         name=name,
-        study=study.name,
+        study=sweep.name,
         folder=str(storage / name),
         config_json=configs.to_json(config),
         pinned=tuple(sorted(pinned)),
@@ -154,15 +173,40 @@ def make_plan(options: argparse.Namespace, study: Study, storage: Path) -> Plan:
         gpus_per_trial=gpus_per_trial,
         time_budget_s=options.time_budget,
         tracking_uri=uri,
+        grace_epochs=sweep.grace_epochs,
+        scheduler=scheduler,
+        sampler=options.sampler,
+        objectives=objectives,
+        study_storage=options.study_storage or "",
+        keep_checkpoints=options.keep_checkpoints,
     )
-    plan.save()
+    plan.make_folder()
     return plan
+
+
+def _objectives(options: argparse.Namespace) -> tuple[tuple[Objective, ...], Scheduler]:
+    """What is searched for, and how trials are stopped early, where that can be."""
+    names = [name.strip() for name in options.objectives.split(",")]
+    unknown = [name for name in names if name not in DIRECTIONS]
+    if unknown or len(set(names)) < len(names) or names[0] != "spearman":
+        raise ConfigError(
+            f"objectives begin with spearman and name each of {', '.join(DIRECTIONS)} at most once, got "
+            f"{options.objectives} (--objectives). Correct it."
+        )
+    scheduler = options.scheduler or ("asha" if len(names) == 1 else "none")
+    if len(names) > 1 and scheduler != "none":
+        raise ConfigError(
+            f"several objectives cannot be compared half-way, got --scheduler {scheduler} with --objectives "
+            f"{options.objectives}. Use --scheduler none."
+        )
+    return tuple(names), scheduler  # type: ignore[return-value]
 
 
 def _check_resources(options: argparse.Namespace, trials: int, gpus_per_trial: float, gpus: int) -> None:
     """Numbers that make sense, and fit this machine where no cluster is named."""
     for name, value in (
         ("--trials", trials),
+        ("--keep-checkpoints", options.keep_checkpoints),
         ("--cpus-per-trial", options.cpus_per_trial),
         ("--time-budget", 1 if options.time_budget is None else options.time_budget),
     ):
@@ -181,7 +225,7 @@ def _check_resources(options: argparse.Namespace, trials: int, gpus_per_trial: f
 def _taken(name: str, place: str) -> ConfigError:
     return ConfigError(
         f"a sweep's name must be new, {name} is in {place}. "
-        f"Go on with it (--resume --name {name}) or choose another --name."
+        f"Go on with it (--resume --name {name}), add trials (--extend 16 --name {name}) or choose another --name."
     )
 
 
@@ -216,35 +260,36 @@ def sample_root() -> Path:
         return make_sample(root, progress=progress)
 
 
-def _names(storage: Path, study: Study) -> dict[int, str]:
-    found = storage.glob(f"{study.name}-*") if storage.is_dir() else []
-    return {int(tail): path.name for path in found if (tail := path.name.removeprefix(f"{study.name}-")).isdigit()}
+def _names(storage: Path, sweep: Sweep) -> dict[int, str]:
+    found = storage.glob(f"{sweep.name}-*") if storage.is_dir() else []
+    return {int(tail): path.name for path in found if (tail := path.name.removeprefix(f"{sweep.name}-")).isdigit()}
 
 
-def free_name(storage: Path, study: Study, taken: Callable[[str], bool]) -> str:
+def free_name(storage: Path, sweep: Sweep, taken: Callable[[str], bool]) -> str:
     """The study's name with the next number that is free here and in the tracking store."""
-    number = max(_names(storage, study), default=0) + 1
-    while taken(f"{study.name}-{number}"):
+    number = max(_names(storage, sweep), default=0) + 1
+    while taken(f"{sweep.name}-{number}"):
         number += 1
-    return f"{study.name}-{number}"
+    return f"{sweep.name}-{number}"
 
 
-def last_name(storage: Path, study: Study) -> str:
+def last_name(storage: Path, sweep: Sweep) -> str:
     """The study's sweep with the highest number.
 
     Raises:
         ConfigError: there is none.
     """
-    names = _names(storage, study)
+    names = _names(storage, sweep)
     if not names:
-        raise ConfigError(f"there is no {study.name} sweep to resume in {storage}. Name it with --name or --storage.")
+        raise ConfigError(f"there is no {sweep.name} sweep to resume in {storage}. Name it with --name or --storage.")
     return names[max(names)]
 
 
 def sweep_params(plan: Plan) -> dict[str, Any]:
     """The parent run's params: the plan without this machine's paths, and the config that all trials start from."""
-    shown = ("study", "trials", "seed", "cpus_per_trial", "gpus_per_trial", "data_digest")
-    params = {name: getattr(plan, name) for name in shown} | {"expressions": ",".join(plan.expressions)}
+    shown = ("study", "seed", "sampler", "scheduler", "cpus_per_trial", "gpus_per_trial", "data_digest")
+    params = {name: getattr(plan, name) for name in shown}
+    params |= {name: ",".join(getattr(plan, name)) for name in ("expressions", "objectives")}
     return params | configs.flatten(without_paths(configs.from_json(plan.config_json)))
 
 

@@ -26,8 +26,10 @@ from qafe.history import History, read_history
 from qafe.model import weights
 from qafe.train import BEST_FILE, predict
 
+from . import checkpoints
 from .plan import Plan, clip_counts
-from .searcher import OBJECTIVE, RAY_TRIAL
+from .searcher import OBJECTIVE
+from .study import BASELINE, own_trials
 from .sweep import trial_device
 from .trial import CONFIG_FILE
 
@@ -46,7 +48,6 @@ class TrialSummary:
     """One trial as the report shows it."""
 
     number: int
-    ray_trial: str
     state: str
     objective: float | None
     """Mean over expressions of the best validation Spearman; None before the first epoch."""
@@ -55,6 +56,8 @@ class TrialSummary:
     baseline: bool
     checkpoint: Path | None = None
     run_id: str = ""
+    pareto: bool = False
+    """With several objectives: whether no other trial is better in all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,31 +73,29 @@ class TestResult:
         return float(np.mean(list(self.spearman.values())))
 
 
-def summarise(study: optuna.Study, checkpoints: Mapping[str, Path], runs: Mapping[str, str]) -> list[TrialSummary]:
-    """Every trial of a study, best first; those without an objective last.
+def summarise(study: optuna.Study, folder: Path, runs: Mapping[int, str]) -> list[TrialSummary]:
+    """Every trial that a sweep ran, best first; those without an objective last.
 
     Args:
-        checkpoints: last checkpoint folder by Ray trial.
-        runs: MLflow run id by Ray trial.
+        folder: the sweep's, with the trials' checkpoints.
+        runs: MLflow run id by the trial's number.
     """
     rows = []
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state == TrialState.WAITING:
-            continue
-        ray_trial = trial.user_attrs.get(RAY_TRIAL, "")
+    pareto = {trial.number for trial in study.best_trials} if len(study.directions) > 1 else set()
+    for trial in own_trials(study):
         values = trial.intermediate_values
-        objective = trial.value if trial.state == TrialState.COMPLETE else max(values.values(), default=None)
+        objective = trial.values[0] if trial.state == TrialState.COMPLETE else max(values.values(), default=None)
         rows.append(
             TrialSummary(
                 number=trial.number,
-                ray_trial=ray_trial,
                 state=STATES[trial.state],
                 objective=objective,
                 epochs=max(values, default=0),
                 settings=dict(trial.params),
-                baseline=bool(trial.user_attrs.get("baseline")),
-                checkpoint=checkpoints.get(ray_trial),
-                run_id=runs.get(ray_trial, ""),
+                baseline=bool(trial.user_attrs.get(BASELINE)),
+                checkpoint=checkpoints.last(folder, trial.number),
+                run_id=runs.get(trial.number, ""),
+                pareto=trial.number in pareto,
             )
         )
     return sorted(rows, key=lambda row: (row.objective is None, -(row.objective or 0.0), row.number))
@@ -213,6 +214,7 @@ def sum_up(
                 OBJECTIVE: row.objective,
                 "epochs": row.epochs,
                 "baseline": row.baseline,
+                "pareto": row.pareto,
                 "run_id": row.run_id,
                 "settings": row.settings,
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -12,22 +13,28 @@ from qafe import console
 from qafe.config import PRESETS
 from qafe.errors import ConfigError
 
-from .plan import REPORT_FOLDER, Plan, last_name, make_plan
+from .plan import KEPT_CHECKPOINTS, REPORT_FOLDER, Plan, last_name, make_plan
 from .studies import STUDIES, find_study
-from .sweep import Study
+from .study import DIRECTIONS, PRUNERS, SAMPLERS
+from .sweep import Sweep
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
 }
-"""No usage reports, and none of Ray's own tables and log files: the sweep says what matters itself."""
+"""No usage reports, none of Ray's own tables and log files, and no snapshots of its state: the study has it all."""
 ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """A Ray of our own listens to this machine alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a sweep and returns its exit status."""
+    return console.run(_main, _parser(), argv)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = console.parser("python -m sweeps.run", "Search QAFE-Net settings: Ray Tune, Optuna and MLflow together.")
     parser.add_argument("study", nargs="?", help=f"what to search: {', '.join(STUDIES)}")
     parser.add_argument("--list", action="store_true", help="list the studies and stop")
@@ -46,10 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db here)")
     parser.add_argument("--storage", type=Path, help="folder for sweeps; shared on a cluster (default: ~/ray_results)")
     parser.add_argument("--name", help="the sweep's name (default: the study's with the next free number)")
+    parser.add_argument(
+        "--scheduler", choices=list(PRUNERS), help="how hopeless trials are stopped early (default: asha)"
+    )
+    parser.add_argument("--sampler", choices=list(SAMPLERS), default="tpe", help="(default: %(default)s)")
+    parser.add_argument(
+        "--objectives",
+        default="spearman",
+        help=f"spearman, and what else counts, with commas: {', '.join(DIRECTIONS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--study-storage", metavar="URL", help="database of the study, e.g. postgresql:// (default: a file)"
+    )
+    parser.add_argument(
+        "--keep-checkpoints", type=int, default=KEPT_CHECKPOINTS, metavar="K", help="of the best trials (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the search; train.seed is a setting")
     parser.add_argument("--resume", action="store_true", help="go on with a sweep that was interrupted")
+    parser.add_argument("--extend", type=int, metavar="TRIALS", help="add trials to a sweep, and go on with it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there for programs")
-    return console.run(_main, parser, argv)
+    return parser
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -59,36 +82,44 @@ def _main(options: argparse.Namespace) -> int:
         return 0
     if options.study is None:
         raise ConfigError(f"a sweep needs a study: {', '.join(STUDIES)}. Write python -m sweeps.run fusion_search.")
-    study = find_study(options.study)
+    sweep = find_study(options.study)
     storage = (options.storage or Path.home() / "ray_results").resolve()
     for name, folder in (("--storage", storage), ("--json", options.json and options.json.resolve().parent)):
         existing = next((path for path in (folder, *folder.parents) if path.exists()), None) if folder else None
         if existing and not existing.is_dir():
             raise ConfigError(f"{name} must lie in a folder, {existing} is a file. Name another place.")
-    if not options.resume:
-        plan = make_plan(options, study, storage)
+    if options.resume or options.extend is not None:
+        plan = Plan.load(storage / (options.name or last_name(storage, sweep)))
+        _check_resumable(plan, sweep, options)
+        if options.extend is not None:
+            plan = dataclasses.replace(plan, trials=plan.trials + options.extend)
+            plan.save()
     else:
-        plan = Plan.load(storage / (options.name or last_name(storage, study)))
-        _check_resumable(plan, study, options)
+        plan = make_plan(options, sweep, storage)
     for name, value in QUIET.items() if options.address else (QUIET | ALONE).items():
         os.environ.setdefault(name, value)
     from .driver import run_sweep  # Ray reads its environment when it is imported
 
-    return run_sweep(plan, study, address=options.address, resume=options.resume, json_file=options.json)
+    return run_sweep(plan, sweep, address=options.address, json_file=options.json)
 
 
-def _check_resumable(plan: Plan, study: Study, options: argparse.Namespace) -> None:
+def _check_resumable(plan: Plan, sweep: Sweep, options: argparse.Namespace) -> None:
     """A sweep goes on as it was planned, or not at all."""
-    if study.name != plan.study:
-        raise ConfigError(f"{plan.name} is a sweep of {plan.study}, not of {study.name}. Name that study.")
-    fixed = ("data_root", "expression", "preset", "trials", "time_budget", "gpus_per_trial", "tracking_uri")
-    given = [name for name in fixed if getattr(options, name) is not None]
-    given += [name for name in ("set", "no_cache") if getattr(options, name)]
+    if sweep.name != plan.study:
+        raise ConfigError(f"{plan.name} is a sweep of {plan.study}, not of {sweep.name}. Name that study.")
+    if options.extend is not None and options.extend < 1:
+        raise ConfigError(f"--extend must be at least 1, got {options.extend}. Name more trials.")
+    usual = vars(_parser().parse_args([]))
+    free = ("study", "resume", "extend", "name", "storage", "address", "json", "debug", "cpus_per_trial")
+    given = [name for name, value in vars(options).items() if name not in free and value != usual.get(name)]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ConfigError(f"a resumed sweep keeps its plan, got {flags} with --resume. Leave them out.")
-    if (Path(plan.folder) / REPORT_FOLDER).exists():
-        raise ConfigError(f"only an interrupted sweep can be resumed, {plan.name} is complete. Start a new one.")
+        raise ConfigError(f"a resumed sweep keeps its plan, got {flags} with --resume or --extend. Leave them out.")
+    if options.extend is None and (Path(plan.folder) / REPORT_FOLDER).exists():
+        raise ConfigError(
+            f"only an interrupted sweep can be resumed, {plan.name} is complete. "
+            f"Add trials (--extend 16 --name {plan.name}) or start a new one."
+        )
 
 
 if __name__ == "__main__":

@@ -1,156 +1,155 @@
-"""Optuna under Ray Tune, with one durable study that knows what really became of each trial.
+"""Optuna under Ray Tune: which trial comes next, whether one goes on, and what became of it.
 
 Ray's own OptunaSearch tells early-stopped trials as COMPLETE with an early value, leaves trials with NaN running for
-ever, and keeps its map of trials in a pickle. Here the study lies in a journal file under the sweep's own name;
-early-stopped and diverged trials are told PRUNED with their intermediate values; and the map from Ray's trials to
-Optuna's is kept in the study itself, so that a restored sweep finds it there.
+ever, and keeps its map of trials in a pickle; Ray's schedulers lose their rungs with the driver. Here both sides ask
+the study: the searcher first gives out the trials that a dead driver left running, under their own numbers, and then
+new ones; the scheduler stops a trial when the study's pruner says so.
 """
 
 from __future__ import annotations
 
-import json
-import warnings
-from pathlib import Path
+from collections import deque
 from typing import Any
 
-import numpy as np
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from qafe import config as configs
-from qafe.config import Config
 
-from .sweep import Study, Suggester
+from .control import Control
+from .plan import Plan
+from .study import ATTEMPTS, BASELINE, FAILURE, REASON, RUN_ID, epochs_of, open_study, own_trials
+from .sweep import Suggester, Sweep
 
 OBJECTIVE = "best_spearman"
 """What a sweep maximises: the mean over expressions of the best epoch's validation Spearman."""
-RAY_TRIAL = "ray_trial"
 FINISHED = "finished"
-REFUSED = "refused"
-"""What a trial reports whose settings or data cannot work: trying again would not help."""
+FAILED_AS = "failed_as"
+"""What a trial reports as the class of its failure; see `sweeps.trial`."""
+DIVERGED = "diverged"
+NO_SKILL = -1.0
+"""What the study hears of the epoch in which a loss was not finite: the lowest Spearman there is."""
+VALUES = {"spearman": OBJECTIVE, "params": "params", "seconds": "epoch_s", "mae": "best_mae"}
+"""The result that each of the study's objectives is read from."""
 
 
 class StudySearcher(Searcher):
     """Asks Optuna for each trial's settings and tells it what came of them.
 
     Args:
-        study: what is searched.
-        base: the config that the settings are changes of; its own values are the first trial.
-        pinned: settings of the study that keep the base's value.
-        journal: file of the Optuna study.
-        sweep: the Optuna study's name.
-        seed: of the sampler.
+        plan: the sweep; its base config's own values are the first trial.
+        sweep: what is searched.
     """
 
-    def __init__(
-        self, study: Study, base: Config, pinned: frozenset[str], journal: Path, sweep: str, seed: int
-    ) -> None:
+    def __init__(self, plan: Plan, sweep: Sweep) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
-        self.space = study.space
-        self.base = base
-        self.pinned = pinned
-        self.journal = journal
-        self.sweep = sweep
-        self.seed = seed
-        self._study = open_study(journal, sweep, seed)
-        self._trials: dict[str, optuna.Trial] = {}
-        if not self._study.get_trials(deepcopy=False):
-            self._study.enqueue_trial(study.baseline(base, pinned), user_attrs={"baseline": True})
+        self.plan = plan
+        self.space = sweep.space
+        self.base = configs.from_json(plan.config_json)
+        self.study = open_study(plan)
+        self.pinned = frozenset(plan.pinned)
+        if not self.study.get_trials(deepcopy=False):
+            self.study.enqueue_trial(sweep.baseline(self.base, self.pinned), user_attrs={BASELINE: True})
+        self._interrupted = deque(own_trials(self.study, (TrialState.RUNNING,)))
+        self._begun = len(own_trials(self.study))
+        self._open: dict[str, optuna.Trial] = {}
+        self._epochs: dict[int, int] = {}
+        self.closed = ""
+        """Why no trial is begun any more, though some are planned."""
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The settings of a new trial, flat, by dotted name."""
-        trial = self._study.ask()
-        trial.set_user_attr(RAY_TRIAL, trial_id)
-        self.space(Suggester(trial, self.base, self.pinned))
-        self._trials[trial_id] = trial
-        return {"settings": dict(trial.params), "number": trial.number}
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a str
+        """A trial to run: its number, its settings by dotted name, and the epochs that the study knows of it."""
+        if self._interrupted:
+            frozen = self._interrupted.popleft()
+            trial, epochs = optuna.Trial(self.study, frozen._trial_id), epochs_of(frozen)
+        elif self.closed or self._begun >= self.plan.trials:
+            return str(Searcher.FINISHED)
+        else:
+            trial, epochs = self.study.ask(), 0
+            self._begun += 1
+        attempt = trial.user_attrs.get(ATTEMPTS, 0)
+        trial.set_user_attr(ATTEMPTS, attempt + 1)
+        self.space(Suggester(trial, self.base, self.pinned))  # what was suggested before is what it gets again
+        self._open[trial_id] = trial
+        self._epochs[trial.number] = epochs
+        return {"settings": dict(trial.params), "number": trial.number, "epochs": epochs, "attempt": attempt}
+
+    def report(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Tells the study of an epoch; True if the trial should be stopped early.
+
+        The baseline never is: it is what the others are compared with.
+        """
+        trial = self._open[trial_id]
+        if result["epoch"] > self._epochs[trial.number]:  # a trial that lost its worker repeats
+            self._epochs[trial.number] = result["epoch"]
+            self.study._storage.set_trial_intermediate_value(trial._trial_id, result["epoch"], result[OBJECTIVE])
+        if BASELINE in trial.user_attrs or result.get(FINISHED) or len(self.plan.objectives) > 1:
+            return False
+        return self.study.pruner.prune(self.study, self._frozen(trial))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Reports an epoch's objective."""
-        if not result.get(REFUSED):
-            self._report(self._trials[trial_id], result)
+        """Nothing: the scheduler has reported it already."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells the study how a trial ended."""
-        trial = self._trials.pop(trial_id, None)
-        if trial is None or self._study.trials[trial.number].state.is_finished():
+        trial = self._open.pop(trial_id, None)
+        if trial is None or self._frozen(trial).state.is_finished():
             return
-        if result and not result.get(REFUSED):  # Ray gives a trial's last result here alone
-            self._report(trial, result)
-        if error or not result or result.get(REFUSED):
-            self._study.tell(trial, state=TrialState.FAIL)
-        elif result.get(FINISHED):
-            self._study.tell(trial, result[OBJECTIVE])
+        failure = result.get(FAILED_AS) if result else None
+        if failure == DIVERGED:
+            self._epochs[trial.number] += 1
+            self.study._storage.set_trial_intermediate_value(trial._trial_id, self._epochs[trial.number], NO_SKILL)
+        if failure or error or not result:
+            trial.set_user_attr(FAILURE, failure or "lost")
+        if result and result.get(REASON):
+            trial.set_user_attr(REASON, result[REASON])
+        if result and result.get(FINISHED):
+            values = [float(result[VALUES[name]]) for name in self.plan.objectives]
+            self.study.tell(trial, values)
+        elif result and not error and failure in (None, DIVERGED):
+            self.study.tell(trial, state=TrialState.PRUNED)
         else:
-            self._study.tell(trial, state=TrialState.PRUNED)
+            self.study.tell(trial, state=TrialState.FAIL)
 
-    def _report(self, trial: optuna.Trial, result: dict[str, Any]) -> None:
-        if result["epoch"] not in self._study.trials[trial.number].intermediate_values:  # a resumed trial repeats
-            trial.report(result[OBJECTIVE], result["epoch"])
+    def link(self, trial_id: str, run_id: str) -> None:
+        """Notes the MLflow run of a running trial."""
+        trial = self._open.get(trial_id)
+        if trial is not None and trial.user_attrs.get(RUN_ID) != run_id:
+            trial.set_user_attr(RUN_ID, run_id)
+
+    def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
+        return self.study._storage.get_trial(trial._trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Saves where the study is; all else is in it."""
-        Path(checkpoint_path).write_text(json.dumps({"open": {ray: t.number for ray, t in self._trials.items()}}))
+        """Nothing: the study is on disk already."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Finds the trials again that were running, by the ids that the study holds.
-
-        Trials that were asked for after Ray's last snapshot are unknown to it: they are told FAIL.
-        """
-        saved = json.loads(Path(checkpoint_path).read_text())["open"]
-        self._trials = {}
-        for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            ray_trial = frozen.user_attrs.get(RAY_TRIAL, "")
-            if ray_trial in saved:
-                self._trials[ray_trial] = optuna.Trial(self._study, frozen._trial_id)
-            else:
-                self._study.tell(frozen.number, state=TrialState.FAIL)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_study"], state["_trials"]
-        return state | {"base": configs.to_json(self.base)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state | {"base": configs.from_json(state["base"])})
-        self._study = open_study(self.journal, self.sweep, self.seed)
-        self._trials = {}
+        """Nothing: the study is on disk already."""
 
 
-def running_trials(study: optuna.Study) -> list[str]:
-    """Ray's ids of the trials that have begun and not ended."""
-    return [
-        frozen.user_attrs[RAY_TRIAL]
-        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if RAY_TRIAL in frozen.user_attrs
-    ]
+class StudyScheduler(FIFOScheduler):
+    """Runs trials in the order in which they were suggested; stops, pauses and starts them as study and people say."""
 
+    def __init__(self, searcher: StudySearcher, control: Control) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.searcher = searcher
+        self.control = control
 
-def give_up(study: optuna.Study) -> None:
-    """Tells running trials as pruned, or as failed where they gave nothing that the sampler could learn from."""
-    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(frozen.number, state=TrialState.PRUNED if frozen.intermediate_values else TrialState.FAIL)
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """An epoch ended: whether its trial goes on."""
+        if result.get(FAILED_AS) or result.get(FINISHED):
+            if result.get(FINISHED):
+                self.searcher.report(trial.trial_id, result)
+            return str(TrialScheduler.CONTINUE)  # it ends by itself
+        if self.searcher.report(trial.trial_id, result):
+            return str(TrialScheduler.STOP)
+        if self.control.trial_stopped(trial.config["number"]):
+            return str(TrialScheduler.STOP)
+        return str(TrialScheduler.PAUSE if self.control.paused else TrialScheduler.CONTINUE)
 
-
-def open_study(journal: Path, sweep: str, seed: int = 0) -> optuna.Study:
-    """The sweep's Optuna study; made if it is not there."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True: needed for branches
-        study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
-            study_name=sweep,
-            direction="maximize",
-            load_if_exists=True,
-        )
-        # A sampler that starts again from the same seed would repeat the trials that the study has.
-        asked = len(study.get_trials(deepcopy=False))
-        study.sampler = optuna.samplers.TPESampler(
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            seed=int(np.random.SeedSequence((seed, asked)).generate_state(1)[0]),
-        )
-    return study
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The next trial, or none while the sweep is paused."""
+        return None if self.control.paused else super().choose_trial_to_run(tune_controller)

@@ -7,7 +7,7 @@ import difflib
 from qafe.config import ATTENTION_FUSIONS
 from qafe.errors import ConfigError
 
-from .sweep import Study, Suggester
+from .sweep import Suggester, Sweep
 
 
 def fusion_space(trial: Suggester) -> None:
@@ -45,13 +45,13 @@ def drawing_space(trial: Suggester) -> None:
     trial.suggest_categorical("data.heatmap.colour", ["jet", "grey"])
 
 
-STUDIES: dict[str, Study] = {
-    "fusion_search": Study(
+STUDIES: dict[str, Sweep] = {
+    "fusion_search": Sweep(
         name="fusion_search",
         about="how the RGB and heatmap streams are fused, and how heatmaps are drawn",
         space=fusion_space,
     ),
-    "heatmap_search": Study(
+    "heatmap_search": Sweep(
         name="heatmap_search",
         about="how heatmaps are drawn and how large, with the preset's fusion",
         space=heatmap_space,
@@ -59,7 +59,7 @@ STUDIES: dict[str, Study] = {
 }
 
 
-def find_study(name: str) -> Study:
+def find_study(name: str) -> Sweep:
     """The study with this name.
 
     Raises:

@@ -13,8 +13,6 @@ from qafe.config import Config, flatten, override
 from qafe.errors import ConfigError
 from qafe.train import pick_device
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study
-
 
 class Suggester:
     """Optuna's trial as a space sees it; settings that are pinned keep the base config's value.
@@ -48,7 +46,7 @@ Space = Callable[[Suggester], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class Sweep:
     """A search that can be run on any cohort with any preset.
 
     Attributes:

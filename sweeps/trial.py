@@ -1,14 +1,29 @@
 """One trial on a worker: settings in, an epoch's numbers and a checkpoint out, again and again.
 
-It knows nothing of MLflow: the driver tracks what is reported here.
+It knows nothing of MLflow: the driver tracks what is reported here. What goes wrong has a class:
+
+diverged  the loss is not finite: the sweep counts the trial as pruned.
+memory    not even a batch of one clip fits.
+refused   settings or weights that cannot work: this trial fails, others may not.
+data      a clip or table that cannot be read: it will happen to every trial, so the sweep stops.
+error     anything else that is raised.
+lost      the worker or its node died more often than the driver is willing to start it again.
+
+Out of memory, the trial goes on with half the batch and twice the accumulation, so that the setting under test stays
+what it is. On a full disk it waits for room.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
 import os
 import platform
+import shutil
 import tempfile
+import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +33,28 @@ import torch
 from ray import tune
 
 from qafe import config as configs
+from qafe.config import Config
 from qafe.data.cohort import load_cohort
-from qafe.errors import QafeError
+from qafe.errors import ManifestError, MediaError, QafeError
 from qafe.history import ExpressionHistory, History, read_history, write_history
 from qafe.train import EpochResult, fit
 
-from .searcher import FINISHED, OBJECTIVE, REFUSED
+from .checkpoints import newest, seal
+from .control import FULL, Control
+from .searcher import DIVERGED, FAILED_AS, FINISHED, NO_SKILL, OBJECTIVE
+from .study import REASON
 from .sweep import trial_device
 
 CONFIG_FILE = "config.json"
-NO_SKILL = -1.0
-"""What a trial reports whose loss is not finite: the lowest Spearman there is."""
+TRACEBACK = "traceback"
+DATA = "data"
+MEMORY = "memory"
+REFUSED = "refused"
+ERROR = "error"
+RESERVE_BYTES = 64 * 2**20
+RESERVE_SHARE = 0.05
+"""Room that trials leave for the sweep's own records: this much, or this share of a small disk."""
+ROOM_POLL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,67 +66,148 @@ class TrialPlan:
     expressions: tuple[str, ...]
     threads: int
     gpus: float
+    folder: str
+    """The sweep's."""
 
 
 def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
     """Trains one model for each expression, epoch by epoch side by side, and reports after each epoch.
 
-    A trial that was interrupted goes on from its last checkpoint. A loss that is not finite ends the trial: the
-    sweep counts it as pruned and says why. Settings or data that cannot work end it as failed, at once.
+    A trial that was interrupted goes on from its last intact checkpoint.
     """
-    try:
-        _train(parameters, plan)
-    except QafeError as err:
-        tune.report({"epoch": 0, OBJECTIVE: NO_SKILL, REFUSED: f"{type(err).__name__}: {err}", FINISHED: False})
-
-
-def _train(parameters: dict[str, Any], plan: TrialPlan) -> None:
     torch.set_num_threads(plan.threads)
-    config = configs.override(configs.from_json(plan.base_json), parameters["settings"])
+    planned = configs.override(configs.from_json(plan.base_json), parameters["settings"])
     # The expressions train side by side: they share what one training would have. Numbers do not depend on it.
-    config = configs.override(config, {"data.workers": config.data.workers // len(plan.expressions)})
+    config = configs.override(planned, {"data.workers": planned.data.workers // len(plan.expressions)})
+    try:
+        while not _trained(parameters, plan, config):
+            smaller = with_half_the_batch(config)
+            if smaller is None:
+                raise MemoryError("a batch of one clip does not fit")
+            config = smaller
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    except FloatingPointError as err:
+        _fail(DIVERGED, err)
+    except (MediaError, ManifestError) as err:
+        _fail(DATA, err)
+    except QafeError as err:
+        _fail(REFUSED, err)
+    except MemoryError as err:
+        _fail(MEMORY, err)
+    except Exception as err:
+        if "CUDA error" in str(err):
+            raise  # this process has lost its GPU: Ray starts another
+        _fail(ERROR, err)
+
+
+def _fail(kind: str, err: Exception) -> None:
+    frames = "".join(traceback.format_exception(err))
+    reason = " ".join(f"{type(err).__name__}: {err}".split())
+    # No epoch of its own: the study keeps what it has heard.
+    tune.report({"epoch": 0, OBJECTIVE: NO_SKILL, FAILED_AS: kind, REASON: reason, TRACEBACK: frames, FINISHED: False})
+
+
+def _trained(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> bool:
+    """Trains to the end, or returns False when memory ran out."""
+    try:
+        _train(parameters, plan, config)
+    except (RuntimeError, MemoryError) as err:
+        if not out_of_memory(err):
+            raise
+        return False
+    return True
+
+
+def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
     cohort = load_cohort(plan.data_root, config.data)
     device = trial_device(plan.gpus)
     history: History = {}
-    with contextlib.ExitStack() as stack:
-        resume_from = None
-        if (checkpoint := tune.get_checkpoint()) is not None:
-            resume_from = Path(stack.enter_context(checkpoint.as_directory()))
-            history = read_history(resume_from)
-        runs = {}
-        for expression in plan.expressions:
-            part = cohort.only(expression)
-            history.setdefault(expression, ExpressionHistory.start(part.validation))
-            runs[expression] = fit(
-                config,
-                part.store,
-                part.train,
-                part.validation,
-                device=device,
-                resume_from=resume_from / expression if resume_from else None,
+    known = tune.get_checkpoint()
+    resume_from = newest(
+        Path(plan.folder), parameters["number"], epochs=parameters["epochs"], known=known and Path(known.path)
+    )
+    if resume_from is not None:
+        history = read_history(resume_from)
+        held = configs.from_json((resume_from / CONFIG_FILE).read_text())
+        if held.train.batch_size < config.train.batch_size:  # memory ran out before
+            config = configs.override(
+                config, {"train.batch_size": held.train.batch_size, "train.accumulate": held.train.accumulate}
             )
+    runs = {}
+    for expression in plan.expressions:
+        part = cohort.only(expression)
+        history.setdefault(expression, ExpressionHistory.start(part.validation))
+        runs[expression] = fit(
+            config,
+            part.store,
+            part.train,
+            part.validation,
+            device=device,
+            resume_from=resume_from / expression if resume_from else None,
+        )
     done = len(history[plan.expressions[0]].epochs)
-    for epoch in range(done + 1, config.train.epochs + 1):
-        try:
-            results = {expression: next(run) for expression, run in runs.items()}
-        except FloatingPointError as err:
-            tune.report({"epoch": epoch, OBJECTIVE: NO_SKILL, "diverged": str(err), FINISHED: False})
-            return
+    for _ in range(done, config.train.epochs):
+        results = {expression: next(run) for expression, run in runs.items()}
         for expression, result in results.items():
             history[expression].add(result)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / CONFIG_FILE).write_text(configs.to_json(config))
-            write_history(folder, history)
-            for expression, result in results.items():
-                result.save(folder / expression)
-            tune.report(
-                summary(results) | {FINISHED: epoch == config.train.epochs},
-                checkpoint=tune.Checkpoint.from_directory(folder),
-            )
+        _keep(config, history, results, plan, parameters["number"])
 
 
-def summary(results: dict[str, EpochResult]) -> dict[str, Any]:
+def _keep(config: Config, history: History, results: dict[str, EpochResult], plan: TrialPlan, number: int) -> None:
+    """Writes an epoch's checkpoint and reports both; waits where the disk is full."""
+    epoch = next(iter(results.values())).epoch
+    sweep_folder, control = Path(plan.folder), Control(Path(plan.folder))
+    full = f"{FULL}-{number}"
+    while True:
+        try:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                (folder / CONFIG_FILE).write_text(configs.to_json(config))
+                write_history(folder, history)
+                for expression, result in results.items():
+                    result.save(folder / expression)
+                seal(folder, epoch)
+                size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                if has_room(sweep_folder, size):
+                    tune.report(
+                        summary(results, history, config) | {FINISHED: epoch == config.train.epochs},
+                        checkpoint=tune.Checkpoint.from_directory(folder),
+                    )
+                    control.withdraw(full)
+                    return
+        except OSError as err:
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        with contextlib.suppress(OSError):
+            control.wish(full)
+        time.sleep(ROOM_POLL_S)
+
+
+def has_room(folder: Path, size: int = 0) -> bool:
+    """Whether so many bytes fit beside what is kept free for the sweep's own records."""
+    usage = shutil.disk_usage(folder)
+    return usage.free >= size + min(RESERVE_BYTES, int(RESERVE_SHARE * usage.total))
+
+
+def with_half_the_batch(config: Config) -> Config | None:
+    """The same steps of the same clips in smaller batches, or None if they cannot be smaller."""
+    batch, step = config.train.batch_size, config.train.batch_size * config.train.accumulate
+    if batch == 1:
+        return None
+    smaller = max(size for size in range(1, batch // 2 + 1) if step % size == 0)
+    return configs.override(config, {"train.batch_size": smaller, "train.accumulate": step // smaller})
+
+
+def out_of_memory(err: BaseException) -> bool:
+    """Whether an error says that the GPU's or the machine's memory is spent."""
+    if isinstance(err, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(err, RuntimeError) and "can't allocate memory" in str(err)
+
+
+def summary(results: dict[str, EpochResult], history: History, config: Config) -> dict[str, Any]:
     """An epoch's numbers: means over the expressions, and Spearman for each."""
     every = list(results.values())
 
@@ -110,6 +217,7 @@ def summary(results: dict[str, EpochResult]) -> dict[str, Any]:
     values: dict[str, Any] = {
         "epoch": every[0].epoch,
         OBJECTIVE: float(np.mean([result.best_spearman for result in every])),
+        "best_mae": float(np.mean([entry.best.metrics["mae"] for entry in history.values()])),
         "spearman": mean("spearman"),
         "pearson": mean("pearson"),
         "mae": mean("mae"),
@@ -118,6 +226,8 @@ def summary(results: dict[str, EpochResult]) -> dict[str, Any]:
         "epoch_s": sum(result.seconds for result in every),
         "clips_per_s": float(np.mean([result.clips_per_s for result in every])),
         "peak_memory_mb": max(result.peak_memory_mb for result in every),
+        "params": every[0].parameters,
+        "batch_size": config.train.batch_size,
         "worker": f"{platform.node()}:{os.getpid()}",
     }
     return values | {f"spearman_{expression}": result.metrics["spearman"] for expression, result in results.items()}

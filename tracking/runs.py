@@ -47,6 +47,7 @@ MLFLOW_STATUS: dict[str, str] = {
 }
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Makes the MLflow UI open the model training views, not those for language models."""
+FAILURE_FILE = "failure.txt"
 LONGEST_VALUE = 500
 
 
@@ -126,8 +127,10 @@ class SweepTracker:
         *,
         folder: Path | None,
         reason: str = "",
+        trace: str = "",
     ) -> None:
-        """A trial's final state; folder is its last checkpoint, from which artifacts and figures are made.
+        """A trial's final state; folder is its last checkpoint, from which artifacts and figures are made, and trace
+        the traceback of what ended it (``failure.txt``).
 
         A trial that was planned and never started has no run to end.
         """
@@ -140,7 +143,12 @@ class SweepTracker:
             state=state,
             folder=str(folder) if folder else "",
             reason=reason,
+            trace=trace,
         )
+
+    def trial_tags(self, trial: str, tags: Mapping[str, str]) -> None:
+        """Notes about a trial that runs."""
+        self._append(kind="trial_tags", trial=trial, tags=dict(tags))
 
     def trial_metrics(self, trial: str, metrics: Mapping[str, float]) -> None:
         """Numbers about a trial that are known after its end, such as its test Spearman."""
@@ -169,6 +177,10 @@ class SweepTracker:
     def run_ids(self) -> dict[str, str]:
         """MLflow run ids of what has been sent so far: by trial, and the sweep's own under ``""``."""
         return dict(self._sender.runs)
+
+    def ended_trials(self) -> frozenset[str]:
+        """Trials whose end, with all files, has been sent."""
+        return frozenset(self._sender.ended)
 
     @property
     def experiment_id(self) -> str:
@@ -212,6 +224,7 @@ class Sender:
     def __init__(self, spool: Spool) -> None:
         self.spool = spool
         self.runs: dict[str, str] = {}
+        self.ended: set[str] = set()
         self.experiment_id = ""
         self.given_up = threading.Event()
         """Set when the rest is left to a replay, which must be the only one to send it."""
@@ -222,6 +235,7 @@ class Sender:
             "trial": self._trial,
             "epoch": self._epoch,
             "trial_end": self._trial_end,
+            "trial_tags": self._trial_tags,
             "trial_metrics": self._trial_metrics,
             "sweep_files": self._sweep_files,
             "sweep_end": self._sweep_end,
@@ -324,10 +338,17 @@ class Sender:
                     logger.warning("run %s gets no files: %s", run_id, err)
                 else:
                     client.log_artifacts(run_id, str(folder))
+        if entry.get("trace"):
+            client.log_text(run_id, entry["trace"], FAILURE_FILE)
         client.set_tag(run_id, STATE_TAG, entry["state"])
         if entry["reason"]:
             client.set_tag(run_id, REASON_TAG, entry["reason"])
         client.set_terminated(run_id, status=MLFLOW_STATUS[entry["state"]], end_time=entry["time"])
+        self.ended.add(entry["trial"])
+
+    def _trial_tags(self, client: MlflowClient, entry: Entry) -> None:
+        run_id = self._run_id(client, entry["trial"])
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in entry["tags"].items()])
 
     def _trial_metrics(self, client: MlflowClient, entry: Entry) -> None:
         _log_metrics(client, self._run_id(client, entry["trial"]), entry["metrics"], entry["time"], 0)

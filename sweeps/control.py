@@ -1,0 +1,66 @@
+"""What people ask of a running sweep, from any terminal or machine that sees its folder: one file for each wish."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+FOLDER = "control"
+FULL = "full"
+"""``full-<trial>``: what a trial says that waits for room on the disk."""
+POLL_S = 1.0
+
+
+class Control:
+    """The wishes about one sweep: written by commands, read by its driver.
+
+    Args:
+        folder: the sweep's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
+        self._read = -POLL_S
+        self._wishes: frozenset[str] = frozenset()
+
+    def wish(self, name: str) -> None:
+        """Asks for something: ``stop``, ``pause`` or ``stop-<trial>``."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / name).touch()
+
+    def withdraw(self, name: str) -> None:
+        """Takes a wish back; it may not be there."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Forgets all wishes, as a driver does when it starts."""
+        for wish in self._all():
+            self.withdraw(wish)
+        self._read = -POLL_S
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the sweep should end."""
+        return "stop" in self._now()
+
+    @property
+    def paused(self) -> bool:
+        """Whether no trial should run for now."""
+        return "pause" in self._now()
+
+    @property
+    def waiting_for_room(self) -> bool:
+        """Whether a trial cannot write its checkpoint."""
+        return any(wish.startswith(FULL + "-") for wish in self._now())
+
+    def trial_stopped(self, number: int) -> bool:
+        """Whether this trial should end."""
+        return f"stop-{number}" in self._now()
+
+    def _now(self) -> frozenset[str]:
+        if time.monotonic() - self._read >= POLL_S:
+            self._wishes, self._read = self._all(), time.monotonic()
+        return self._wishes
+
+    def _all(self) -> frozenset[str]:
+        return frozenset(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else frozenset()

@@ -1,0 +1,147 @@
+"""One durable Optuna study for each sweep: where it lies, who samples, who prunes, what a trial's attributes mean.
+
+The study is all that a sweep has to remember. Whatever dies, the next driver reads here which trials ended and how,
+which were running, and what each rung of early stopping has seen; Ray only runs what the study says.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from qafe import config as configs
+from qafe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study
+
+JOURNAL_FILE = "study.journal"
+REDUCTION_FACTOR = 3
+MEDIAN_STARTUP_TRIALS = 4
+
+BASELINE = "baseline"
+RUN_ID = "mlflow_run_id"
+ATTEMPTS = "attempts"
+"""How often a driver has started the trial."""
+FAILURE = "failure"
+"""The class of what ended a trial that did not finish, e.g. ``diverged``; see `sweeps.trial`."""
+REASON = "reason"
+WARM_START = "warm_start"
+"""``sweep#number`` of the earlier sweep's trial that this one repeats; it was not run here."""
+
+Sampler = Literal["tpe", "gp", "cmaes", "random", "qmc"]
+Scheduler = Literal["asha", "hyperband", "median", "none"]
+Objective = Literal["spearman", "params", "seconds", "mae"]
+DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
+    "spearman": "maximize",
+    "params": "minimize",
+    "seconds": "minimize",
+    "mae": "minimize",
+}
+"""What can be searched for. ``params``: of the model; ``seconds``: of an epoch; ``spearman`` and ``mae``: of the best
+epoch, validation, mean over the expressions."""
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "tpe": lambda seed: TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed),
+    "gp": lambda seed: GPSampler(seed=seed),
+    "cmaes": lambda seed: CmaEsSampler(seed=seed, warn_independent_sampling=False),
+    "random": lambda seed: RandomSampler(seed=seed),
+    "qmc": lambda seed: QMCSampler(
+        seed=seed, scramble=True, warn_asynchronous_seeding=False, warn_independent_sampling=False
+    ),
+}
+PRUNERS: dict[str, Callable[[int, int], BasePruner]] = {
+    "asha": lambda grace, _: SuccessiveHalvingPruner(
+        min_resource=grace, reduction_factor=REDUCTION_FACTOR, min_early_stopping_rate=0
+    ),
+    "hyperband": lambda grace, epochs: HyperbandPruner(
+        min_resource=grace, max_resource=epochs, reduction_factor=REDUCTION_FACTOR
+    ),
+    "median": lambda grace, _: MedianPruner(n_startup_trials=MEDIAN_STARTUP_TRIALS, n_warmup_steps=grace),
+    "none": lambda *_: NopPruner(),
+}
+"""From the epochs that every trial gets, and those that a whole trial has. The rungs lie in the study itself."""
+assert set(SAMPLERS) == set(get_args(Sampler))
+assert set(PRUNERS) == set(get_args(Scheduler))
+
+
+def open_study(plan: Plan) -> optuna.Study:
+    """The sweep's study; made if it is not there.
+
+    Raises:
+        ConfigError: its storage does not answer, or its driver is not installed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True: needed for branches
+        try:
+            study = optuna.create_study(
+                storage=_storage(plan),
+                study_name=plan.name,
+                directions=[DIRECTIONS[name] for name in plan.objectives],
+                load_if_exists=True,
+            )
+        except Exception as err:  # SQLAlchemy and the database's driver raise almost anything
+            if not plan.study_storage:
+                raise
+            raise ConfigError(
+                f"the study's storage must answer, got {type(err).__name__} (--study-storage). Start the database, "
+                "or leave it out for a file in the sweep's folder."
+            ) from err
+        study.sampler = make_sampler(plan.sampler, plan.seed, len(study.get_trials(deepcopy=False)))
+        epochs = configs.from_json(plan.config_json).train.epochs
+        study.pruner = PRUNERS[plan.scheduler](min(plan.grace_epochs, epochs), epochs)
+    return study
+
+
+def _storage(plan: Plan) -> BaseStorage:
+    if plan.study_storage:
+        return RDBStorage(plan.study_storage)
+    return JournalStorage(JournalFileBackend(str(Path(plan.folder) / JOURNAL_FILE)))
+
+
+def make_sampler(name: str, seed: int, asked: int = 0) -> BaseSampler:
+    """A sampler that does not repeat the trials that the study has: it is seeded by their number, too.
+
+    A quasi-random sequence keeps its place in the study, so it keeps its seed.
+    """
+    mixed = int(np.random.SeedSequence((seed, asked)).generate_state(1)[0])
+    return SAMPLERS[name](seed if name == "qmc" else mixed)
+
+
+def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
+    """The trials that this sweep has begun: not those of earlier sweeps, nor one that only waits."""
+    found = study.get_trials(deepcopy=False, states=tuple(states) if states is not None else None)
+    return [trial for trial in found if trial.state != TrialState.WAITING and WARM_START not in trial.user_attrs]
+
+
+def running_trials(study: optuna.Study) -> list[int]:
+    """Numbers of the trials that have begun and not ended."""
+    return [trial.number for trial in own_trials(study, (TrialState.RUNNING,))]
+
+
+def give_up(study: optuna.Study, reason: str) -> None:
+    """Tells running trials as pruned, or as failed where they gave nothing that the sampler could learn from."""
+    for frozen in own_trials(study, (TrialState.RUNNING,)):
+        optuna.Trial(study, frozen._trial_id).set_user_attr(REASON, reason)
+        study.tell(frozen.number, state=TrialState.PRUNED if frozen.intermediate_values else TrialState.FAIL)
+
+
+def link_runs(study: optuna.Study, runs: Mapping[int, str]) -> None:
+    """Notes the MLflow run of every trial, by number: a trial that ended while the server slept has no attribute."""
+    study.set_user_attr(RUN_ID, {str(number): run for number, run in runs.items()})
+
+
+def epochs_of(trial: FrozenTrial) -> int:
+    """Epochs that the study has heard of."""
+    return max(trial.intermediate_values, default=0)
