@@ -82,25 +82,23 @@ def open_study(plan: Plan) -> optuna.Study:
     Raises:
         ConfigError: its storage does not answer, or its driver is not installed.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True: needed for branches
-        try:
-            study = optuna.create_study(
-                storage=_storage(plan),
-                study_name=plan.name,
-                directions=[DIRECTIONS[name] for name in plan.objectives],
-                load_if_exists=True,
-            )
-        except Exception as err:  # SQLAlchemy and the database's driver raise almost anything
-            if not plan.study_storage:
-                raise
-            raise ConfigError(
-                f"the study's storage must answer, got {type(err).__name__} (--study-storage). Start the database, "
-                "or leave it out for a file in the sweep's folder."
-            ) from err
-        study.sampler = make_sampler(plan.sampler, plan.seed, len(study.get_trials(deepcopy=False)))
-        epochs = configs.from_json(plan.config_json).train.epochs
-        study.pruner = PRUNERS[plan.scheduler](min(plan.grace_epochs, epochs), epochs)
+    try:
+        study = optuna.create_study(
+            storage=_storage(plan),
+            study_name=plan.name,
+            directions=[DIRECTIONS[name] for name in plan.objectives],
+            load_if_exists=True,
+        )
+    except Exception as err:  # SQLAlchemy and the database's driver raise almost anything
+        if not plan.study_storage:
+            raise
+        raise ConfigError(
+            f"the study's storage must answer, got {type(err).__name__} (--study-storage). Start the database, "
+            "or leave it out for a file in the sweep's folder."
+        ) from err
+    study.sampler = make_sampler(plan.sampler, plan.seed, len(study.get_trials(deepcopy=False)))
+    epochs = configs.from_json(plan.config_json).train.epochs
+    study.pruner = PRUNERS[plan.scheduler](min(plan.grace_epochs, epochs), epochs)
     return study
 
 
@@ -116,7 +114,9 @@ def make_sampler(name: str, seed: int, asked: int = 0) -> BaseSampler:
     A quasi-random sequence keeps its place in the study, so it keeps its seed.
     """
     mixed = int(np.random.SeedSequence((seed, asked)).generate_state(1)[0])
-    return SAMPLERS[name](seed if name == "qmc" else mixed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True: needed for branches
+        return SAMPLERS[name](seed if name == "qmc" else mixed)
 
 
 def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:

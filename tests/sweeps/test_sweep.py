@@ -2,89 +2,26 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow
 import pandas as pd
-import psutil
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from qafe.history import read_history
 from qafe.store import Store
+from sweeps.checkpoints import last
+from sweeps.plan import Plan
 from sweeps.run import main
-from sweeps.searcher import open_study
+from sweeps.study import open_study
 from tests.conftest import QUICK_FLAGS
-from tests.tracking.stores import embedded, free_port
-
-ROOT = Path(__file__).parents[2]
-
-
-class Sweep:
-    """One ``python -m sweeps.run`` in a folder of its own."""
-
-    def __init__(self, folder: Path, data_root: Path, *flags: str) -> None:
-        self.folder = folder
-        self.uri = embedded(folder)
-        self.line = [sys.executable, "-m", "sweeps.run", "fusion_search", "--storage", str(folder), "--name", "s-1"]
-        self.flags = ["--data-root", str(data_root), "--json", str(folder / "summary.json"), *QUICK_FLAGS, *flags]
-        self.log = folder / "sweep.log"
-
-    def start(self, *flags: str) -> subprocess.Popen[bytes]:
-        with open(self.log, "ab") as out:
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": self.uri}
-            line = [*self.line, *(flags or self.flags)]
-            return subprocess.Popen(line, cwd=self.folder, env=environment, stdout=out, stderr=out)
-
-    def run(self, *flags: str) -> str:
-        process = self.start(*flags)
-        assert process.wait(timeout=400) == 0, self.text
-        return self.text
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text()
-
-    @property
-    def summary(self) -> dict[str, object]:
-        found: dict[str, object] = json.loads((self.folder / "summary.json").read_text())
-        return found
-
-    def runs(self) -> dict[str, Run]:
-        client = MlflowClient(self.uri)
-        experiment = client.get_experiment_by_name("fusion_search")
-        assert experiment is not None
-        return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-
-    def steps(self, run: Run) -> list[int]:
-        return [row.step for row in MlflowClient(self.uri).get_metric_history(run.info.run_id, "spearman")]
-
-    def wait_for(self, pattern: str, timeout_s: float = 200) -> None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if re.search(pattern, self.text):
-                return
-            time.sleep(0.2)
-        raise AssertionError(f"{pattern} did not come up in {timeout_s} s:\n{self.text}")
-
-    def spooled(self) -> list[dict[str, object]]:
-        spool = self.folder / "s-1" / "tracking.jsonl"
-        return [json.loads(line) for line in spool.read_text().splitlines()] if spool.exists() else []
-
-    def wait_for_epoch(self, step: int, timeout_s: float = 200) -> None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if any(entry["kind"] == "epoch" and entry["step"] == step for entry in self.spooled()):
-                return
-            time.sleep(0.1)
-        raise AssertionError(f"no trial reached epoch {step}:\n{self.text}")
+from tests.sweeps.running import ROOT, Sweep, workers_of
+from tests.tracking.stores import free_port
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +44,7 @@ def test_a_sweep_ends_with_a_table_and_the_next_commands(done: Sweep) -> None:
 
 def test_the_summary_agrees_with_the_study_and_with_mlflow(done: Sweep) -> None:
     summary = done.summary
-    study = open_study(done.folder / "s-1" / "study.journal", "s-1")
+    study = open_study(Plan.load(done.folder / "s-1"))
     runs = done.runs()
     assert len(summary["trials"]) == len(study.trials) == 4
     assert len(runs) == 5
@@ -177,7 +114,8 @@ def test_the_champion_scores_as_its_training_run_did(
     champion: Sweep, sample_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = champion.summary["best"]
-    checkpoint = sorted((champion.folder / "s-1").glob(f"trial_{best['trial']:03d}_*/checkpoint_*"))[-1]
+    checkpoint = last(champion.folder / "s-1", best["trial"])
+    assert checkpoint is not None
     history = read_history(checkpoint)
     rows = []
     for expression, entry in history.items():
@@ -212,18 +150,6 @@ def test_registry_mistakes_get_one_line(champion: Sweep, line: list[str], words:
     assert refused.stderr.strip().startswith("error: ")
     assert len(refused.stderr.strip().splitlines()) == 1
     assert words in refused.stderr
-
-
-def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Ray's trial workers below a sweep's process, known by their class: the method is named only while one runs."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if "".join(child.cmdline()[:1]).startswith("ray::ImplicitFunc"):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
 
 
 def test_a_killed_worker_costs_nothing(sample_root: Path, tmp_path: Path) -> None:
@@ -280,13 +206,13 @@ def test_ctrl_c_closes_the_runs_and_resume_finishes_them(interrupted: Sweep) -> 
 
 
 def test_a_spent_time_budget_ends_the_sweep_with_its_report(sample_root: Path, tmp_path: Path) -> None:
-    flags = ("--trials", "50", "--time-budget", "40", "--set", "train.epochs=6")
+    flags = ("--trials", "500", "--time-budget", "60", "--set", "train.epochs=1")
     sweep = Sweep(tmp_path, sample_root, *flags)
     sweep.run()
     summary = sweep.summary
-    assert 1 <= summary["counts"]["finished"] < 50
+    assert 1 <= summary["counts"]["finished"] < 500
     assert {run.info.status for run in sweep.runs().values()} == {"FINISHED"}
-    study = open_study(tmp_path / "s-1" / "study.journal", "s-1")
+    study = open_study(Plan.load(tmp_path / "s-1"))
     assert all(trial.state.is_finished() for trial in study.trials)
 
 
