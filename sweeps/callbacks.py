@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 import traceback
@@ -20,8 +21,9 @@ from tracking.runs import SweepTracker, TrialState
 from . import checkpoints
 from .control import Control
 from .plan import Plan
-from .searcher import DIVERGED, FAILED_AS, FINISHED, OBJECTIVE, StudySearcher
-from .study import REASON, own_trials
+from .progress import PACE, Pace, Progress, duration, progress_of
+from .searcher import DIVERGED, FAILED_AS, FINISHED, OBJECTIVE, Pause, StudySearcher
+from .study import BY_HAND, REASON, own_trials
 from .trial import DATA, ROOM_POLL_S, TRACEBACK, has_room
 
 TRACKED = ("spearman", "pearson", "mae", "train_loss", "lr", "epoch_s", "clips_per_s", "peak_memory_mb", OBJECTIVE)
@@ -83,9 +85,8 @@ class TrackTrials(Callback):
         elif failure:
             self._end(trial, "pruned", f"{failure}: {result[REASON]}", result.get(TRACEBACK, ""))
         else:
-            by_hand = self.control.trial_stopped(number)
-            how = "stopped by hand" if by_hand else "stopped early"
-            self._end(trial, "pruned", f"{how} after epoch {result.get('epoch', 0)}")
+            by_hand = number in self.searcher.stopped_by_hand
+            self._end(trial, "pruned", BY_HAND if by_hand else f"stopped early after epoch {result.get('epoch', 0)}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good."""
@@ -154,7 +155,7 @@ class WaitForRoom(Callback):
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Between two events of the sweep."""
         folder = self.control.folder.parent
-        while not has_room(folder):
+        while not has_room(folder) and not self.control.stopped:
             self._tell(True)
             time.sleep(ROOM_POLL_S)
         self._tell(self.control.waiting_for_room)
@@ -171,11 +172,13 @@ class WaitForRoom(Callback):
 
 
 class StopWhenAsked(Stopper):
-    """Ends the sweep on ``python -m sweeps.stop``, or when a trial has found what every trial will find."""
+    """Ends the trials on ``python -m sweeps.stop``, when a trial has found what every trial will find, or when all of
+    them rest for a pause."""
 
-    def __init__(self, searcher: StudySearcher, control: Control) -> None:
+    def __init__(self, searcher: StudySearcher, control: Control, pause: Pause) -> None:
         self.searcher = searcher
         self.control = control
+        self.pause = pause
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No single trial is stopped here."""
@@ -183,30 +186,101 @@ class StopWhenAsked(Stopper):
 
     def stop_all(self) -> bool:
         """Whether all trials should stop."""
-        return self.control.stopped or bool(self.searcher.closed)
+        return self.control.stopped or bool(self.searcher.closed) or self.pause.complete
+
+
+class MeasurePace(Callback):
+    """Measures how fast trials get on, for the driver's view and, through the study, for ``python -m sweeps.status``.
+
+    Args:
+        plan: the sweep.
+        study: with the trials of earlier drivers, too.
+    """
+
+    def __init__(self, plan: Plan, study: optuna.Study) -> None:
+        self.plan = plan
+        self.whole_epochs = configs.from_json(plan.config_json).train.epochs
+        self.study = study
+        self.at_work: dict[int, Trial] = {}
+        """Trials on a worker, by number."""
+        self._busy_s = 0.0
+        self._epochs = 0
+        self._queued_s = 0.0
+        self._queued_busy_s = 0.0
+        self._looked: float | None = None
+
+    @property
+    def pace(self) -> Pace | None:
+        """What was measured; None before the first epoch has ended."""
+        if not self._epochs or not self._busy_s:
+            return None
+        # While trials wait for their turn all places are taken; at the end of a sweep some are empty.
+        workers = self._queued_busy_s / self._queued_s if self._queued_busy_s else float(len(self.at_work))
+        return Pace(workers=round(workers, 3), epoch_s=round(self._busy_s / self._epochs, 3))
+
+    def progress(self) -> Progress:
+        """Where the sweep stands."""
+        trials = own_trials(self.study)
+        return progress_of(trials, planned=self.plan.trials, epochs=self.whole_epochs, pace=self.pace)
+
+    def begin(self) -> None:
+        """Ray begins, or begins again after a pause, which is not counted."""
+        self.at_work.clear()
+        self._looked = None
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """A moment later."""
+        now = time.monotonic()
+        passed = now - self._looked if self._looked is not None else 0.0
+        self._looked = now
+        self._busy_s += passed * len(self.at_work)
+        if self.at_work and trials[-1].status == Trial.PENDING:
+            self._queued_s += passed
+            self._queued_busy_s += passed * len(self.at_work)
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial was placed on a worker."""
+        self.at_work[trial.config["number"]] = trial
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """An epoch ended."""
+        self._epochs += not result.get(FAILED_AS)
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial lost its worker."""
+        self.at_work.pop(trial.config["number"], None)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial ended: others may want to know how fast that goes."""
+        self.at_work.pop(trial.config["number"], None)
+        if pace := self.pace:
+            self.study.set_user_attr(PACE, dataclasses.asdict(pace))
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial failed for good."""
+        self.at_work.pop(trial.config["number"], None)
 
 
 class TellPeople(Callback):
-    """One line on stderr for each trial that ends.
+    """One line on stderr for each trial that ends."""
 
-    Args:
-        planned: trials of the sweep.
-        study: with the trials that earlier drivers have ended.
-    """
+    def __init__(self, pace: MeasurePace) -> None:
+        self.pace = pace
 
-    def __init__(self, planned: int, study: optuna.Study) -> None:
-        self.planned = planned
-        own = [trial for trial in own_trials(study) if trial.state.is_finished()]
-        self.before = self.ended = len(own)
-        finished = [max(t.intermediate_values.values()) for t in own if t.state == StudyState.COMPLETE]
-        self.best: float | None = max(finished, default=None)
-        self.started = time.monotonic()
+    def __enter__(self) -> TellPeople:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def look(self) -> None:
+        """Called again and again while the sweep is paused."""
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Says how the trial did, what the best is and how long the rest may take."""
         result = trial.last_result
-        if result.get(FINISHED):
-            self.best = max(self.best if self.best is not None else -1.0, result[OBJECTIVE])
         failure = result.get(FAILED_AS)
         if failure:
             how = "pruned" if failure == DIVERGED else "failed"
@@ -225,7 +299,7 @@ class TellPeople(Callback):
         say(f"trial {trial.config['number']} lost its worker; it goes on after epoch {epoch}")
 
     def _say(self, trial: Trial, what: str) -> None:
-        self.ended += 1
-        left_s = (time.monotonic() - self.started) / (self.ended - self.before) * max(self.planned - self.ended, 0)
-        best = "" if self.best is None else f"; best {self.best:.3f}"
-        say(f"[{self.ended}/{self.planned}] trial {trial.config['number']} {what}{best}; about {left_s:.0f} s left")
+        now = self.pace.progress()
+        best = f"; best {now.best[1]:.3f}" if now.best else ""
+        left = "" if now.left_s is None else f"; about {duration(now.left_s)} left"
+        say(f"[{now.ended}/{now.planned}] trial {trial.config['number']} {what}{best}{left}")

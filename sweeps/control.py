@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 
+from qafe import console
+
+from .folder import STORAGE, SweepFolder, driven_sweep
+
 FOLDER = "control"
+STOP = "stop"
+"""End the sweep; ``stop-<trial>``: end one trial."""
+PAUSE = "pause"
 FULL = "full"
 """``full-<trial>``: what a trial says that waits for room on the disk."""
 POLL_S = 1.0
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The arguments of a command that asks something of a running sweep."""
+    result = console.parser(prog, description)
+    result.add_argument("name", help="the sweep's name, as python -m sweeps.status lists it")
+    result.add_argument("--storage", type=Path, default=STORAGE, help="folder of the sweeps (default: %(default)s)")
+    return result
+
+
+def asked_sweep(options: argparse.Namespace) -> SweepFolder:
+    """The running sweep that a command names.
+
+    Raises:
+        ConfigError: there is no such sweep, or it does not run.
+    """
+    return driven_sweep(options.storage.expanduser(), options.name)
+
+
+def place_flag(options: argparse.Namespace) -> str:
+    """What the next command of the same sweep needs behind its name."""
+    return "" if options.storage == STORAGE else f" --storage {options.storage}"
 
 
 class Control:
@@ -33,7 +63,7 @@ class Control:
         (self.folder / name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forgets all wishes, as a driver does when it starts."""
+        """Forgets all wishes, as a driver does when it takes the sweep."""
         for wish in self._all():
             self.withdraw(wish)
         self._read = -POLL_S
@@ -41,12 +71,12 @@ class Control:
     @property
     def stopped(self) -> bool:
         """Whether the sweep should end."""
-        return "stop" in self._now()
+        return STOP in self._now()
 
     @property
     def paused(self) -> bool:
         """Whether no trial should run for now."""
-        return "pause" in self._now()
+        return PAUSE in self._now()
 
     @property
     def waiting_for_room(self) -> bool:
@@ -55,7 +85,7 @@ class Control:
 
     def trial_stopped(self, number: int) -> bool:
         """Whether this trial should end."""
-        return f"stop-{number}" in self._now()
+        return f"{STOP}-{number}" in self._now()
 
     def _now(self) -> frozenset[str]:
         if time.monotonic() - self._read >= POLL_S:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -27,21 +28,32 @@ from tracking.connection import embedded_path, masked
 from tracking.runs import SPOOL_FILE, SweepTracker, TrialState
 
 from . import checkpoints, page, report
-from .callbacks import KeepCheckpoints, StopWhenAsked, TellPeople, TrackTrials, WaitForRoom, say
+from .callbacks import KeepCheckpoints, MeasurePace, StopWhenAsked, TellPeople, TrackTrials, WaitForRoom, say
 from .control import Control
-from .plan import REPORT_FOLDER, Plan, clip_counts, source_tags, sweep_params
-from .searcher import OBJECTIVE, StudyScheduler, StudySearcher
-from .study import give_up, link_runs, own_trials, running_trials
+from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
+from .live import LiveView
+from .notify import Outcome, notified
+from .plan import Plan, clip_counts, source_tags, sweep_params
+from .searcher import OBJECTIVE, Pause, StudyScheduler, StudySearcher
+from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
 from .sweep import Sweep
 from .trial import TrialPlan, train_trial
 
-LOCK_FILE = "sweep.lock"
 WORKER_RESTARTS = 3
 """How often a trial may lose its worker between two epochs; see `callbacks.TrackTrials`."""
+PAUSED_POLL_S = 0.25
+LOCK_TRIES = 10
 
 
-def run_sweep(plan: Plan, sweep: Sweep, *, address: str | None = None, json_file: Path | None = None) -> int:
+def run_sweep(
+    plan: Plan, sweep: Sweep, *, address: str | None = None, json_file: Path | None = None, notify: str | None = None
+) -> int:
     """Runs a planned sweep, or what is left of it, to its report, and returns the exit status.
+
+    Args:
+        address: of a Ray cluster.
+        json_file: where the summary is written, too.
+        notify: URL that hears how the sweep ended.
 
     Raises:
         ConfigError: the Ray cluster cannot be reached, the sweep is running already, or its data has changed.
@@ -62,21 +74,31 @@ def run_sweep(plan: Plan, sweep: Sweep, *, address: str | None = None, json_file
         f"({', '.join(f'{count} {part}' for part, count in clips.items())} clips of {plan.data_root})"
     )
     try:
-        with _only_driver(folder), _terminated_as_interrupted(), _ray(address), _tracked(plan, cohort) as tracker:
-            summary = _search(plan, sweep, cohort, tracker)
+        with notified(notify, plan) as outcome:
+            with (
+                _only_driver(folder, outcome),
+                _terminated_as_interrupted(),
+                _ray(address),
+                _tracked(plan, cohort) as tracker,
+            ):
+                summary = outcome.summary = _search(plan, sweep, cohort, tracker)
+            _print_summary(summary, plan)
+            if json_file:
+                json_file.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = json_file.with_name(json_file.name + ".unfinished")
+                unfinished.write_text(json.dumps(summary, indent=2) + "\n")
+                unfinished.replace(json_file)
     except KeyboardInterrupt:
         hint = f"python -m sweeps.run {plan.study} --resume --name {plan.name}"
         hint += f" --address {address}" if address else ""
-        hint += "" if folder.parent == Path.home() / "ray_results" else f" --storage {folder.parent}"
-        say(f"interrupted; go on with:  {hint}")
+        say(f"interrupted; go on with:  {hint}{_storage_flag(plan)}")
         return console.INTERRUPTED
-    _print_summary(summary, plan)
-    if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = json_file.with_name(json_file.name + ".unfinished")
-        unfinished.write_text(json.dumps(summary, indent=2) + "\n")
-        unfinished.replace(json_file)
     return 0
+
+
+def _storage_flag(plan: Plan) -> str:
+    storage = Path(plan.folder).parent
+    return "" if storage == STORAGE.expanduser().resolve() else f" --storage {storage}"
 
 
 @contextlib.contextmanager
@@ -113,10 +135,10 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     """All trials, then the report; KeyboardInterrupt if Ctrl-C or ``sweeps.stop`` ended the trials early."""
     started = time.monotonic()
     folder, control = Path(plan.folder), Control(Path(plan.folder))
-    control.clear()
     searcher = StudySearcher(plan, sweep)
-    _tune(plan, searcher, tracker, control)
-    budget_spent = plan.time_budget_s is not None and time.monotonic() - started >= plan.time_budget_s
+    deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
+    _run_and_pause(plan, searcher, tracker, control, deadline)
+    budget_spent = time.monotonic() >= deadline
     running = running_trials(searcher.study)
     for number in running:
         state: TrialState = "pruned" if budget_spent else "killed"
@@ -131,8 +153,64 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     return _report(plan, cohort, searcher.study, tracker, time.monotonic() - started)
 
 
-def _tune(plan: Plan, searcher: StudySearcher, tracker: SweepTracker, control: Control) -> None:
-    """Runs trials until the study has all that are planned, or people or the time budget stop it."""
+def _run_and_pause(
+    plan: Plan, searcher: StudySearcher, tracker: SweepTracker, control: Control, deadline: float
+) -> None:
+    """Runs trials, with all the pauses that people ask for, until none is left or the sweep has to end."""
+    pause, pace = Pause(searcher, control), MeasurePace(plan, searcher.study)
+    people = LiveView(plan, pace, control) if LiveView.possible() else TellPeople(pace)
+    callbacks = [
+        TrackTrials(tracker, plan, searcher, control),
+        KeepCheckpoints(tracker, plan, searcher.study),
+        WaitForRoom(control),
+        pause,
+        pace,
+        people,
+    ]
+    with people:
+        while True:
+            interrupted = _tune(plan, searcher, pause, control, callbacks, deadline - time.monotonic())
+            searcher.rest()
+            pace.begin()
+            if interrupted or control.stopped or searcher.closed or not (pause.complete and searcher.left):
+                return
+            say(f"paused; go on with:  python -m sweeps.continue {plan.name}{_storage_flag(plan)}")
+            try:
+                while control.paused and not control.stopped and time.monotonic() < deadline:
+                    _stop_resting(plan, searcher, tracker, control)
+                    people.look()
+                    time.sleep(PAUSED_POLL_S)
+            except KeyboardInterrupt:
+                return
+            if control.stopped or time.monotonic() >= deadline:
+                return
+            say("going on")
+            searcher.begin()
+
+
+def _stop_resting(plan: Plan, searcher: StudySearcher, tracker: SweepTracker, control: Control) -> None:
+    """Ends the trials of a paused sweep that people stop."""
+    for number in running_trials(searcher.study):
+        if control.trial_stopped(number):
+            tracker.trial_ended(
+                str(number), "pruned", folder=checkpoints.last(Path(plan.folder), number), reason=BY_HAND
+            )
+            give_up(searcher.study, BY_HAND, only=number)
+
+
+def _tune(
+    plan: Plan,
+    searcher: StudySearcher,
+    pause: Pause,
+    control: Control,
+    callbacks: list[tune.Callback],
+    budget_s: float,
+) -> bool:
+    """Runs trials until the study has all that are planned, or people or the time budget stop it.
+
+    Returns:
+        Whether Ctrl-C was pressed.
+    """
     trial_plan = TrialPlan(
         base_json=plan.config_json,
         data_root=plan.data_root,
@@ -141,29 +219,33 @@ def _tune(plan: Plan, searcher: StudySearcher, tracker: SweepTracker, control: C
         gpus=plan.gpus_per_trial,
         folder=plan.folder,
     )
-    tune.run(
-        tune.with_parameters(train_trial, plan=trial_plan),
-        name=plan.name,
-        storage_path=str(Path(plan.folder).parent),
-        num_samples=-1,  # the searcher knows when there are enough
-        search_alg=searcher,
-        scheduler=StudyScheduler(searcher, control),
-        resources_per_trial={"cpu": plan.cpus_per_trial, "gpu": plan.gpus_per_trial},
-        time_budget_s=plan.time_budget_s,
-        stop=StopWhenAsked(searcher, control),
-        max_failures=WORKER_RESTARTS,
-        raise_on_failed_trial=False,
-        reuse_actors=True,
-        callbacks=[
-            TrackTrials(tracker, plan, searcher, control),
-            KeepCheckpoints(tracker, plan, searcher.study),
-            WaitForRoom(control),
-            TellPeople(plan.trials, searcher.study),
-        ],
-        trial_name_creator=_trial_name,
-        trial_dirname_creator=_trial_name,
-        verbose=0,
-    )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    main_thread = threading.current_thread() is threading.main_thread()
+    try:
+        tune.run(
+            tune.with_parameters(train_trial, plan=trial_plan),
+            name=plan.name,
+            storage_path=str(Path(plan.folder).parent),
+            num_samples=-1,  # the searcher knows when there are enough
+            search_alg=searcher,
+            scheduler=StudyScheduler(searcher, control, pause),
+            resources_per_trial={"cpu": plan.cpus_per_trial, "gpu": plan.gpus_per_trial},
+            time_budget_s=None if math.isinf(budget_s) else max(budget_s, 0.1),
+            stop=StopWhenAsked(searcher, control, pause),
+            max_failures=WORKER_RESTARTS,
+            raise_on_failed_trial=False,
+            reuse_actors=True,
+            callbacks=callbacks,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+            verbose=0,
+        )
+        # Ray's own handler puts this one back when it has heard a Ctrl-C, and leaves itself where it has not.
+        return main_thread and signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
+    finally:
+        if main_thread:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def _trial_name(trial: Any) -> str:
@@ -215,13 +297,21 @@ def _print_summary(summary: dict[str, Any], plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _only_driver(folder: Path) -> Iterator[None]:
+def _only_driver(folder: Path, outcome: Outcome) -> Iterator[None]:
     """Holds the sweep for this process: two drivers would write to one study."""
     with open(folder / LOCK_FILE, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise ConfigError(f"a sweep has one driver, {folder.name} is running already. Wait for it.") from err
+        for left in reversed(range(LOCK_TRIES)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as err:
+                if not left:
+                    raise ConfigError(
+                        f"a sweep has one driver, {folder.name} is running already. Wait for it."
+                    ) from err
+                time.sleep(0.1)  # somebody may only be looking whether it runs
+        outcome.begun = True
+        Control(folder).clear()  # from here on people may ask for something
         yield
 
 

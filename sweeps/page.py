@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .progress import changed_settings
 from .report import TrialSummary
 from .searcher import OBJECTIVE
 
@@ -132,20 +133,13 @@ def print_table(summary: Mapping[str, Any], shown: int = 10) -> None:
         table.add_column(name, justify="right" if name in ("trial", "validation Spearman", "epochs") else "left")
     baseline: dict[str, Any] = next((row["settings"] for row in summary["trials"] if row["baseline"]), {})
     for row in summary["trials"][:shown]:
-        changed = [
-            f"{name.rpartition('.')[2]}={value:.3g}"
-            if isinstance(value, float)
-            else f"{name.rpartition('.')[2]}={value}"
-            for name, value in row["settings"].items()
-            if baseline.get(name) != value
-        ]
         objective = row[OBJECTIVE]
         table.add_row(
             str(row["trial"]),
             row["state"],
             "-" if objective is None else f"{objective:.3f}",
             str(row["epochs"]),
-            "the baseline" if row["baseline"] else " ".join(changed),
+            "the baseline" if row["baseline"] else changed_settings(row["settings"], baseline),
         )
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
     console.print(table)

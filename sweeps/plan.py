@@ -30,12 +30,11 @@ from tracking.privacy import PATH_SETTINGS, without_paths
 from tracking.pseudonyms import load_key
 from tracking.runs import sweep_exists
 
+from .folder import PLAN_FILE
 from .study import DIRECTIONS, Objective, Sampler, Scheduler, make_sampler
 from .sweep import Sweep, trial_device
 
-PLAN_FILE = "sweep.json"
 KEPT_CHECKPOINTS = 5
-REPORT_FOLDER = "report"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,19 +28,13 @@ from qafe.train import BEST_FILE, predict
 
 from . import checkpoints
 from .plan import Plan, clip_counts
+from .progress import STATES
 from .searcher import OBJECTIVE
 from .study import BASELINE, own_trials
 from .sweep import trial_device
 from .trial import CONFIG_FILE
 
 MINIMUM_FOR_IMPORTANCES = 4
-STATES = {
-    TrialState.COMPLETE: "finished",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +188,7 @@ def sum_up(
             "digest": plan.data_digest,
             "clips": clip_counts(cohort, plan.expressions),
         },
+        "planned": plan.trials,
         "seconds": round(seconds, 1),
         "counts": {state: sum(row.state == state for row in trials) for state in ("finished", "pruned", "failed")},
         "best": {

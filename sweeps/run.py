@@ -13,7 +13,9 @@ from qafe import console
 from qafe.config import PRESETS
 from qafe.errors import ConfigError
 
-from .plan import KEPT_CHECKPOINTS, REPORT_FOLDER, Plan, last_name, make_plan
+from .folder import STORAGE, find_sweep
+from .notify import check_url
+from .plan import KEPT_CHECKPOINTS, Plan, last_name, make_plan
 from .studies import STUDIES, find_study
 from .study import DIRECTIONS, PRUNERS, SAMPLERS
 from .sweep import Sweep
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on with a sweep that was interrupted")
     parser.add_argument("--extend", type=int, metavar="TRIALS", help="add trials to a sweep, and go on with it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there for programs")
+    parser.add_argument("--notify", metavar="URL", help="POST one JSON object there when the sweep ends, however")
     return parser
 
 
@@ -83,7 +86,9 @@ def _main(options: argparse.Namespace) -> int:
     if options.study is None:
         raise ConfigError(f"a sweep needs a study: {', '.join(STUDIES)}. Write python -m sweeps.run fusion_search.")
     sweep = find_study(options.study)
-    storage = (options.storage or Path.home() / "ray_results").resolve()
+    if options.notify is not None:
+        check_url(options.notify)
+    storage = (options.storage or STORAGE.expanduser()).resolve()
     for name, folder in (("--storage", storage), ("--json", options.json and options.json.resolve().parent)):
         existing = next((path for path in (folder, *folder.parents) if path.exists()), None) if folder else None
         if existing and not existing.is_dir():
@@ -100,7 +105,7 @@ def _main(options: argparse.Namespace) -> int:
         os.environ.setdefault(name, value)
     from .driver import run_sweep  # Ray reads its environment when it is imported
 
-    return run_sweep(plan, sweep, address=options.address, json_file=options.json)
+    return run_sweep(plan, sweep, address=options.address, json_file=options.json, notify=options.notify)
 
 
 def _check_resumable(plan: Plan, sweep: Sweep, options: argparse.Namespace) -> None:
@@ -110,12 +115,12 @@ def _check_resumable(plan: Plan, sweep: Sweep, options: argparse.Namespace) -> N
     if options.extend is not None and options.extend < 1:
         raise ConfigError(f"--extend must be at least 1, got {options.extend}. Name more trials.")
     usual = vars(_parser().parse_args([]))
-    free = ("study", "resume", "extend", "name", "storage", "address", "json", "debug", "cpus_per_trial")
+    free = ("study", "resume", "extend", "name", "storage", "address", "json", "notify", "debug", "cpus_per_trial")
     given = [name for name, value in vars(options).items() if name not in free and value != usual.get(name)]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"a resumed sweep keeps its plan, got {flags} with --resume or --extend. Leave them out.")
-    if options.extend is None and (Path(plan.folder) / REPORT_FOLDER).exists():
+    if options.extend is None and find_sweep(Path(plan.folder).parent, plan.name).complete:
         raise ConfigError(
             f"only an interrupted sweep can be resumed, {plan.name} is complete. "
             f"Add trials (--extend 16 --name {plan.name}) or start a new one."

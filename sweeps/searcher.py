@@ -13,6 +13,7 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -21,7 +22,8 @@ from qafe import config as configs
 
 from .control import Control
 from .plan import Plan
-from .study import ATTEMPTS, BASELINE, FAILURE, REASON, RUN_ID, epochs_of, open_study, own_trials
+from .progress import SECONDS
+from .study import ATTEMPTS, BASELINE, BY_HAND, FAILURE, REASON, RUN_ID, epochs_of, open_study, own_trials
 from .sweep import Suggester, Sweep
 
 OBJECTIVE = "best_spearman"
@@ -32,6 +34,8 @@ FAILED_AS = "failed_as"
 DIVERGED = "diverged"
 NO_SKILL = -1.0
 """What the study hears of the epoch in which a loss was not finite: the lowest Spearman there is."""
+SECONDS_NOTED_S = 10.0
+"""How much of a running trial's time may be missing from the study: each note is a write to a disk."""
 VALUES = {"spearman": OBJECTIVE, "params": "params", "seconds": "epoch_s", "mae": "best_mae"}
 """The result that each of the study's objectives is read from."""
 
@@ -53,15 +57,32 @@ class StudySearcher(Searcher):
         self.pinned = frozenset(plan.pinned)
         if not self.study.get_trials(deepcopy=False):
             self.study.enqueue_trial(sweep.baseline(self.base, self.pinned), user_attrs={BASELINE: True})
-        self._interrupted = deque(own_trials(self.study, (TrialState.RUNNING,)))
         self._begun = len(own_trials(self.study))
         self._open: dict[str, optuna.Trial] = {}
         self._epochs: dict[int, int] = {}
+        self._seconds: dict[int, float] = {}
+        self._noted: dict[int, float] = {}
         self.closed = ""
         """Why no trial is begun any more, though some are planned."""
+        self.stopped_by_hand: set[int] = set()
+        self.begin()
+
+    def begin(self) -> None:
+        """Gives out the trials that the study has as running, before any new ones: Ray begins, or begins again."""
+        self._open.clear()
+        self._interrupted = deque(own_trials(self.study, (TrialState.RUNNING,)))
+        self.pausing = False
+        """Whether Ray is to come to rest: no trial is given out."""
+
+    @property
+    def left(self) -> bool:
+        """Whether trials run, or are still to be begun."""
+        return self._begun < self.plan.trials or bool(own_trials(self.study, (TrialState.RUNNING,)))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a str
         """A trial to run: its number, its settings by dotted name, and the epochs that the study knows of it."""
+        if self.pausing:
+            return str(Searcher.FINISHED)
         if self._interrupted:
             frozen = self._interrupted.popleft()
             trial, epochs = optuna.Trial(self.study, frozen._trial_id), epochs_of(frozen)
@@ -75,6 +96,7 @@ class StudySearcher(Searcher):
         self.space(Suggester(trial, self.base, self.pinned))  # what was suggested before is what it gets again
         self._open[trial_id] = trial
         self._epochs[trial.number] = epochs
+        self._seconds[trial.number] = self._noted[trial.number] = trial.user_attrs.get(SECONDS, 0.0)
         return {"settings": dict(trial.params), "number": trial.number, "epochs": epochs, "attempt": attempt}
 
     def report(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -83,6 +105,9 @@ class StudySearcher(Searcher):
         The baseline never is: it is what the others are compared with.
         """
         trial = self._open[trial_id]
+        self._seconds[trial.number] += result.get("epoch_s", 0.0)
+        if self._seconds[trial.number] - self._noted[trial.number] >= SECONDS_NOTED_S:
+            self._note_seconds(trial)
         if result["epoch"] > self._epochs[trial.number]:  # a trial that lost its worker repeats
             self._epochs[trial.number] = result["epoch"]
             self.study._storage.set_trial_intermediate_value(trial._trial_id, result["epoch"], result[OBJECTIVE])
@@ -98,6 +123,7 @@ class StudySearcher(Searcher):
         trial = self._open.pop(trial_id, None)
         if trial is None or self._frozen(trial).state.is_finished():
             return
+        self._note_seconds(trial)
         failure = result.get(FAILED_AS) if result else None
         if failure == DIVERGED:
             self._epochs[trial.number] += 1
@@ -106,6 +132,8 @@ class StudySearcher(Searcher):
             trial.set_user_attr(FAILURE, failure or "lost")
         if result and result.get(REASON):
             trial.set_user_attr(REASON, result[REASON])
+        elif trial.number in self.stopped_by_hand:
+            trial.set_user_attr(REASON, BY_HAND)
         if result and result.get(FINISHED):
             values = [float(result[VALUES[name]]) for name in self.plan.objectives]
             self.study.tell(trial, values)
@@ -113,6 +141,17 @@ class StudySearcher(Searcher):
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
             self.study.tell(trial, state=TrialState.FAIL)
+
+    def rest(self) -> None:
+        """Notes how long the trials have run that Ray has left unfinished."""
+        for trial in self._open.values():
+            self._note_seconds(trial)
+
+    def _note_seconds(self, trial: optuna.Trial) -> None:
+        seconds = self._seconds[trial.number]
+        if seconds > self._noted[trial.number]:
+            trial.set_user_attr(SECONDS, round(seconds, 3))
+            self._noted[trial.number] = seconds
 
     def link(self, trial_id: str, run_id: str) -> None:
         """Notes the MLflow run of a running trial."""
@@ -130,13 +169,53 @@ class StudySearcher(Searcher):
         """Nothing: the study is on disk already."""
 
 
-class StudyScheduler(FIFOScheduler):
-    """Runs trials in the order in which they were suggested; stops, pauses and starts them as study and people say."""
+class Pause(Callback):
+    """Brings all trials to rest, each at the end of its epoch, when people ask for a pause; then Ray may end.
+
+    Ray Tune's own PAUSE will not do: it hands a paused trial's worker to the next trial in line, which trains for an
+    epoch, is paused, and so on through all that are planned; and it keeps workers, with their GPU memory, for reuse.
+    Here a trial that rests is just not asked for another epoch. When all do, Ray ends as on Ctrl-C, and after the
+    pause it begins again with the trials that the study has as running.
+    """
 
     def __init__(self, searcher: StudySearcher, control: Control) -> None:
+        self.searcher = searcher
+        self.control = control
+        self._awaited: set[str] = set()
+
+    @property
+    def begun(self) -> bool:
+        """Whether trials are being brought to rest: this is carried through, even if people change their minds."""
+        return self.searcher.pausing
+
+    @property
+    def complete(self) -> bool:
+        """Whether every trial rests that was in the middle of an epoch when the pause began."""
+        return self.begun and not self._awaited
+
+    def rests(self, trial_id: str) -> None:
+        """A trial has come to the end of an epoch."""
+        self._awaited.discard(trial_id)
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Looks whether a pause is wished for, and which trials it still waits for."""
+        if not self.begun:
+            if not self.control.paused:
+                return
+            self.searcher.pausing = True
+            self._awaited = {trial.trial_id for trial in trials if trial.status == Trial.RUNNING}
+        # One that ended, or lost its worker, is not waited for; nor is one that began after the pause.
+        self._awaited &= {trial.trial_id for trial in trials if trial.status == Trial.RUNNING}
+
+
+class StudyScheduler(FIFOScheduler):
+    """Runs trials in the order in which they were suggested; stops and rests them as study and people say."""
+
+    def __init__(self, searcher: StudySearcher, control: Control, pause: Pause) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.searcher = searcher
         self.control = control
+        self.pause = pause
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """An epoch ended: whether its trial goes on."""
@@ -144,12 +223,11 @@ class StudyScheduler(FIFOScheduler):
             if result.get(FINISHED):
                 self.searcher.report(trial.trial_id, result)
             return str(TrialScheduler.CONTINUE)  # it ends by itself
-        if self.searcher.report(trial.trial_id, result):
-            return str(TrialScheduler.STOP)
-        if self.control.trial_stopped(trial.config["number"]):
-            return str(TrialScheduler.STOP)
-        return str(TrialScheduler.PAUSE if self.control.paused else TrialScheduler.CONTINUE)
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The next trial, or none while the sweep is paused."""
-        return None if self.control.paused else super().choose_trial_to_run(tune_controller)
+        stop, number = self.searcher.report(trial.trial_id, result), trial.config["number"]
+        if self.control.trial_stopped(number):
+            self.searcher.stopped_by_hand.add(number)
+            stop = True
+        if not stop and self.pause.begun:
+            self.pause.rests(trial.trial_id)
+            return str(TrialScheduler.NOOP)
+        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import optuna
@@ -38,6 +38,8 @@ ATTEMPTS = "attempts"
 FAILURE = "failure"
 """The class of what ended a trial that did not finish, e.g. ``diverged``; see `sweeps.trial`."""
 REASON = "reason"
+BY_HAND = "stopped by hand"
+"""The reason of a trial that ``python -m sweeps.stop NAME --trial N`` ended."""
 WARM_START = "warm_start"
 """``sweep#number`` of the earlier sweep's trial that this one repeats; it was not run here."""
 
@@ -102,6 +104,43 @@ def open_study(plan: Plan) -> optuna.Study:
     return study
 
 
+def read_study(folder: Path, name: str, study_storage: str = "") -> optuna.Study | None:
+    """A sweep's study, only to look at: nothing is made or written, and its driver is not disturbed.
+
+    Returns:
+        None if there is none yet.
+
+    Raises:
+        ConfigError: its storage does not answer, or its file is damaged.
+    """
+    try:
+        storage: BaseStorage
+        if study_storage:
+            file = study_storage.partition("///")[2].partition("?")[0]
+            if study_storage.startswith("sqlite") and not Path(file).exists():
+                return None  # connecting would make the file
+            storage = RDBStorage(study_storage, skip_compatibility_check=True, skip_table_creation=True)
+        elif (folder / JOURNAL_FILE).exists():
+            storage = JournalStorage(_ReadOnlyJournal(str(folder / JOURNAL_FILE)))
+        else:
+            return None
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:  # the driver is about to make it
+        return None
+    except Exception as err:  # SQLAlchemy, the database's driver and the journal raise almost anything
+        place = "its database (--study-storage)" if study_storage else str(folder / JOURNAL_FILE)
+        raise ConfigError(
+            f"the study of {name} must be readable, got {type(err).__name__} from {place}. Look at that place."
+        ) from err
+
+
+class _ReadOnlyJournal(JournalFileBackend):
+    """A journal of somebody else."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        raise PermissionError("this study is only looked at")
+
+
 def _storage(plan: Plan) -> BaseStorage:
     if plan.study_storage:
         return RDBStorage(plan.study_storage)
@@ -130,9 +169,11 @@ def running_trials(study: optuna.Study) -> list[int]:
     return [trial.number for trial in own_trials(study, (TrialState.RUNNING,))]
 
 
-def give_up(study: optuna.Study, reason: str) -> None:
-    """Tells running trials as pruned, or as failed where they gave nothing that the sampler could learn from."""
+def give_up(study: optuna.Study, reason: str, only: int | None = None) -> None:
+    """Tells running trials, or one of them, as pruned, or as failed where they gave nothing to learn from."""
     for frozen in own_trials(study, (TrialState.RUNNING,)):
+        if only not in (None, frozen.number):
+            continue
         optuna.Trial(study, frozen._trial_id).set_user_attr(REASON, reason)
         study.tell(frozen.number, state=TrialState.PRUNED if frozen.intermediate_values else TrialState.FAIL)
 
