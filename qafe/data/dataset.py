@@ -207,8 +207,8 @@ def _normalised(rgb: UInt8[Tensor, "B T H W 3"]) -> Float[Tensor, "B 3 T H W"]:
     rows = rgb.flatten(0, 1).flatten(2)  # BT H W3
     normalised = torch.empty(rows.shape, device=rgb.device)
     step = 1 if rgb.device.type == "cpu" else max(len(rows), 1)
-    for first in range(0, len(rows), step):
-        torch.addcmul(shift, rows[first : first + step].float(), scale, out=normalised[first : first + step])
+    for levels, out in zip(torch.split(rows, step), torch.split(normalised, step), strict=True):
+        torch.addcmul(shift, out.copy_(levels), scale, out=out)
     return normalised.view(rgb.shape).permute(0, 4, 1, 2, 3)
 
 
