@@ -26,10 +26,10 @@ from qafe.model.qafenet import build
 from qafe.train import BEST_FILE
 
 from .conftest import QUICK_FLAGS
-from .distributed_worker import CASES, config_of, epochs, noted
+from .distributed_worker import CASES, QUICK_CASES, config_of, epochs, noted
 
 ROOT = Path(__file__).parents[1]
-LIKE_ONE = [case for case in CASES if case not in ("own-statistics", "dropout")]
+UNLIKE_ONE = ("own-statistics", "dropout")
 
 
 def torchrun(*arguments: str, processes: int = 2) -> "subprocess.Popen[str]":
@@ -52,19 +52,23 @@ def ended(run: "subprocess.Popen[str]", timeout_s: float = 180) -> tuple[int, st
     return run.returncode, out, err
 
 
+Got = dict[str, dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
 def one(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what one process got, by case, and the checkpoints of case bmc."""
     folder = tmp_path_factory.mktemp("distributed")
-    torch.save({case: noted(epochs(case, sample_root), folder / "one" / case) for case in CASES}, folder / "one.pt")
+    whole = {case: noted(epochs(case, sample_root), folder / "one" / case) for case in QUICK_CASES}
+    torch.save(whole, folder / "one.pt")
     (folder / "one" / "bmc" / "1").rename(folder / "one" / "1")
     return folder
 
 
 @pytest.fixture(scope="module")
-def got(one: Path, sample_root: Path) -> dict[str, dict[str, Any]]:
+def got(one: Path, sample_root: Path) -> Got:
     """What one process got, and what each of two got: "one", "0" and "1"."""
-    status, _, err = ended(torchrun("tests.distributed_worker", str(sample_root), str(one)))
+    status, _, err = ended(torchrun("tests.distributed_worker", str(sample_root), str(one), *QUICK_CASES))
     assert status == 0, err
     assert "Warning" not in err
     return {name: torch.load(one / f"{name}.pt") for name in ("one", "0", "1")}
@@ -80,14 +84,33 @@ def assert_near(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float =
             torch.testing.assert_close(value, theirs[part][name], rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("case", LIKE_ONE)
-def test_two_processes_compute_what_one_does(got: dict[str, dict[str, Any]], case: str) -> None:
-    assert_near(got["0"][case], got["one"][case], 1e-2 if case == "bf16" else 1e-4)
+@pytest.mark.parametrize("case", [case for case in QUICK_CASES if case not in UNLIKE_ONE])
+def test_two_processes_compute_what_one_does(got: Got, case: str) -> None:
+    assert_near(got["0"][case], got["one"][case])
 
 
-@pytest.mark.parametrize("case", [*CASES, "resumed"])
-def test_all_processes_know_the_same(got: dict[str, dict[str, Any]], case: str) -> None:
-    first, second = got["0"][case], got["1"][case]
+@pytest.mark.parametrize("case", [*QUICK_CASES, "resumed"])
+def test_all_processes_know_the_same(got: Got, case: str) -> None:
+    assert_same(got["0"][case], got["1"][case])
+
+
+@pytest.mark.slow
+def test_all_settings_in_two_processes(got: Got, one: Path, sample_root: Path) -> None:
+    cases = [case for case in CASES if case not in QUICK_CASES]
+    assert cases
+    status, _, err = ended(torchrun("tests.distributed_worker", str(sample_root), str(one), *cases))
+    assert status == 0, err
+    first, second = (torch.load(one / f"{rank}.pt") for rank in (0, 1))
+    for case in cases:
+        assert_same(first[case], second[case])
+        alone = noted(epochs(case, sample_root), one / "alone" / case)
+        if case in UNLIKE_ONE:
+            assert first[case]["losses"] != pytest.approx(alone["losses"], rel=1e-4)
+        else:
+            assert_near(first[case], alone, 1e-2 if case == "bf16" else 1e-4)
+
+
+def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert first["losses"] == second["losses"]
     assert first["best_epoch"] == second["best_epoch"]
     for a, b in zip(first["predictions"], second["predictions"], strict=True):
@@ -98,21 +121,19 @@ def test_all_processes_know_the_same(got: dict[str, dict[str, Any]], case: str) 
             assert torch.equal(value, second[part][name]), name
 
 
-def test_statistics_of_their_own_and_draws_of_their_own_give_other_numbers(got: dict[str, dict[str, Any]]) -> None:
-    for case in ("own-statistics", "dropout"):
-        assert np.isfinite(got["0"][case]["losses"]).all()
-        assert got["0"][case]["losses"] != pytest.approx(got["one"][case]["losses"], rel=1e-4)
+def test_statistics_of_their_own_give_other_numbers(got: Got) -> None:
+    ours, theirs = (got[name]["own-statistics"]["losses"] for name in ("0", "one"))
+    assert np.isfinite(ours).all()
+    assert ours != pytest.approx(theirs, rel=1e-4)
 
 
-def test_a_run_resumes_in_another_number_of_processes(
-    got: dict[str, dict[str, Any]], one: Path, sample_root: Path
-) -> None:
+def test_a_run_resumes_in_another_number_of_processes(got: Got, one: Path, sample_root: Path) -> None:
     for resumed in (got["0"]["resumed"], noted(epochs("bmc", sample_root, one / "bmc" / "1"), one / "again")):
         whole = got["one"]["bmc"]
         assert_near(resumed, {**whole, **{name: whole[name][1:] for name in ("losses", "predictions")}})
 
 
-def test_the_weights_on_disk_are_those_of_one_process(got: dict[str, dict[str, Any]], one: Path) -> None:
+def test_the_weights_on_disk_are_those_of_one_process(got: Got, one: Path) -> None:
     ours, our_config, _ = weights.load(one / "bmc" / "2" / BEST_FILE)
     theirs, their_config, _ = weights.load(one / "one" / "bmc" / "2" / BEST_FILE)
     assert our_config == their_config
@@ -146,8 +167,8 @@ def test_synchronised_norms_have_the_names_and_tensors_of_others(quick: Config) 
 def test_every_trained_parameter_has_a_gradient(quick: Config, fusion: str) -> None:
     model = build(override(quick, {"model.fusion.kind": fusion}))
     rgb, side = quick.model.rgb.size_px, quick.model.heatmap.size_px
-    frames = quick.model.clip_frames
-    model(torch.rand(2, 3, frames, rgb, rgb), torch.rand(2, 3, frames, side, side)).sum().backward()
+    frames, channels = quick.model.clip_frames, quick.data.heatmap.channels
+    model(torch.rand(2, 3, frames, rgb, rgb), torch.rand(2, channels, frames, side, side)).sum().backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -159,8 +180,9 @@ def flags(sample_root: Path, out: Path) -> list[str]:
 def test_the_command_writes_and_prints_once(
     sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = torchrun("qafe", *flags(sample_root, tmp_path / "two"), "--set", "train.epochs=1")
-    assert main([*flags(sample_root, tmp_path / "one"), "--set", "train.epochs=1"]) == 0
+    settings = ["--set", "train.epochs=1", "--set", "train.loss=mse", "--set", "train.batch_size=5"]
+    run = torchrun("qafe", *flags(sample_root, tmp_path / "two"), *settings)
+    assert main([*flags(sample_root, tmp_path / "one"), *settings]) == 0
     printed = capsys.readouterr()
     status, out, err = ended(run)
     assert status == 0, err
@@ -191,23 +213,22 @@ def assert_one_error(status: int, out: str, err: str, *words: str) -> None:
     assert "Traceback" not in err.partition("torch/distributed/elastic")[0], err
 
 
-def test_mistakes_end_all_processes_with_one_message(sample_root: Path, tmp_path: Path) -> None:
+def test_an_error_in_one_process_ends_all_with_one_message(sample_root: Path, tmp_path: Path) -> None:
     # A frame that only the second process reads: half of the validation clips is its share.
     broken = tmp_path / "copy"
     shutil.copytree(sample_root, broken)
     smile = load_cohort(broken, config_of("bmc").data).only("smile")
     for frame in smile.store.frame_paths(smile.validation[-1].patient, smile.validation[-1].video):
         frame.write_bytes(frame.read_bytes()[:-100])
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "file").touch()
-    runs = [
-        (torchrun("qafe", *flags(sample_root, tmp_path / "used")), "must be new or empty"),
-        (torchrun("qafe", *flags(broken, tmp_path / "out")), "damaged or truncated"),
-    ]
-    for run, words in runs:
-        assert_one_error(*ended(run), words)
+    assert_one_error(*ended(torchrun("qafe", *flags(broken, tmp_path / "out"))), "damaged or truncated")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_an_output_folder_in_use_is_said_once(sample_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_one_error(*ended(torchrun("qafe", *flags(sample_root, tmp_path))), "must be new or empty")
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ class SyncBatchNorm(_BatchNorm):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         y: Tensor = _Normalise.apply(  # type: ignore[no-untyped-call]
-            input, self.weight, self.bias, mean, variance, count, self.eps
+            input, self.weight, self.bias, mean, variance, count, self.eps, self.counted
         )
         return y
 
@@ -124,10 +124,18 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, count: Tensor, eps: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        count: Tensor,
+        eps: float,
+        counted: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, variance, count)
-        ctx.eps = eps
+        ctx.eps, ctx.counted = eps, counted
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
     @staticmethod
@@ -144,9 +152,10 @@ class _Normalise(torch.autograd.Function):
         shape = (-1, *[1] * (x.dim() - 2))  # C 1 ...
         slope = (weight * scale).view(shape)
         along, level = (part.view(shape) for part in sums / count)
-        centred = (x - mean.view(shape)) * scale.view(shape)
-        of_x = (slope * (gradient - level - centred * along)).to(x.dtype)
-        return of_x, of_weight, of_bias, None, None, None, None
+        of_x = slope * gradient
+        if ctx.counted:  # Other rows do not move the statistics.
+            of_x -= slope * (level + (x - mean.view(shape)) * scale.view(shape) * along)
+        return of_x.to(x.dtype), of_weight, of_bias, None, None, None, None, None
 
 
 def _all_but_channels(x: Tensor) -> list[int]:
