@@ -60,9 +60,16 @@ class ClipBatch:
     """int64 [B,2], (top, left) of each heatmap crop; stays on the CPU, where the crop is made from."""
     score: Float32[Tensor, " B"]
     samples: list[Sample]
+    whole: int | None = None
+    """Clips of the batch that these are one process's share of (`qafe.distributed`); None if these are all."""
 
     def __len__(self) -> int:
         return self.rgb.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Clips of the whole batch."""
+        return len(self) if self.whole is None else self.whole
 
     def to(self, device: torch.device | str) -> ClipBatch:
         """The batch with its large tensors and scores on a device."""
