@@ -139,7 +139,7 @@ def test_the_weights_on_disk_are_those_of_one_process(got: Got, one: Path) -> No
     assert our_config == their_config
     assert not any(type(module).__name__ == "SyncBatchNorm" for module in ours.modules())
     for name, value in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_shares_are_whole_and_even() -> None:
@@ -196,10 +196,10 @@ def test_the_command_writes_and_prints_once(
     assert (tmp_path / "two" / "config.json").read_text() == (tmp_path / "one" / "config.json").read_text()
     ours, theirs = (read_history(tmp_path / name)["smile"] for name in ("two", "one"))
     assert ours.ids == theirs.ids
-    np.testing.assert_allclose(ours.best.predictions, theirs.best.predictions, atol=1e-4)
+    np.testing.assert_allclose(ours.best.predictions, theirs.best.predictions, atol=1e-3)
     mine, yours = (weights.load(tmp_path / name / "smile.safetensors")[0].state_dict() for name in ("two", "one"))
     for name, value in yours.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def assert_one_error(status: int, out: str, err: str, *words: str) -> None:
