@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
         check(options.published)
     if options.device is not None and options.subject not in (None, *ON_A_DEVICE):
         raise ConfigError(f"--device is for {' and '.join(ON_A_DEVICE)}, got {options.subject}. Leave it away.")
-    machine = {"processor": _processor(), "cores": os.cpu_count()}
+    machine: dict[str, object] = {"processor": _processor(), "cores": os.cpu_count()}
     wide = Console(width=max(Console().width, 140))
     if options.subject == "growth":
         series = growth(preset=options.preset or "small")
@@ -103,7 +103,11 @@ def _run(options: argparse.Namespace) -> int:
         _write(options.json, {"machine": machine, "series": [one.as_json() for one in series]})
         return 0
     found = _each_in_own_process(options) if options.subject is None else _found(options)
-    content = {"machine": machine, "rows": [row.as_json() for row in found.rows], "left_out": found.left_out}
+    content: dict[str, object] = {
+        "machine": machine,
+        "rows": [row.as_json() for row in found.rows],
+        "left_out": found.left_out,
+    }
     if options.inner:
         _write(options.json, content)
         return 0
@@ -166,13 +170,9 @@ def _each_in_own_process(options: argparse.Namespace) -> Found:
             command += ["--batch4"] if options.batch4 else []
             command += ["--published", str(options.published.resolve())] if options.published else []
             print(f"{subject} ...", file=sys.stderr, flush=True)
-            done = subprocess.run(
-                command, cwd=Path(__file__).parents[2], stdout=sys.stderr, stderr=subprocess.PIPE, text=True
-            )
-            if done.returncode == console.USER_ERROR:
-                raise ConfigError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-            if done.returncode:
-                raise RuntimeError(f"{subject} ended with status {done.returncode}:\n{done.stderr}")
+            done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=sys.stderr)
+            if done.returncode:  # It has said why.
+                raise SystemExit(done.returncode)
             content = json.loads(file.read_text())
         found.rows += [Row.from_json(row) for row in content["rows"]]
         found.left_out += content["left_out"]

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,12 +58,10 @@ def heatmaps(device_name: str, rounds: int, batches: Sequence[int] = (1, 16), mi
             points = heatmap.to_canvas(torch.from_numpy(clip), (SIDE_PX, SIDE_PX), config.canvas_px)
             points = points.expand(clips, *points.shape).contiguous().to(device)
 
-            def call(points=points, config=config, resize_px=resize_px) -> None:  # type: ignore[no-untyped-def]
-                if resize_px is None:
-                    heatmap.pictures(points, config)
-                else:
-                    heatmap.render(points, config, resize_px=resize_px)
-
+            if resize_px is None:
+                call = partial(heatmap.pictures, points, config)
+            else:
+                call = partial(heatmap.render, points, config, resize_px=resize_px)
             seconds, peak_gb = _timed(call, device, rounds, min_run_s)
             row = Row(f"heatmaps, {what}, {clips} at once, {device.type}", "clip", [s / clips for s in seconds], theirs)
             row.rival_name = "rewritten, CPU"
@@ -146,7 +145,7 @@ def step_flop(preset: str) -> float:
         heatmaps = torch.empty(2, channels, frames, heatmap_px, heatmap_px)
         with FlopCounterMode(display=False) as counter:
             model(rgb, heatmaps).sum().backward()
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops()) / 2
 
 
 def matmul_tflops(device: torch.device, dtype: Dtype) -> float:

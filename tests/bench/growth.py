@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from qafe.config import PRESETS, Config, override, paper
 from qafe.data import heatmap
 from qafe.data.dataset import ClipDataset, collate, model_inputs
 from qafe.data.manifest import Sample
+from qafe.memory import freed_memory_kept
 from qafe.store import Store
 from qafe.train import _loader
 
@@ -38,6 +40,7 @@ AXES = {
     "workers": "loader workers",
 }
 """The panels: what is varied, and its unit."""
+NO_SETTINGS: dict[str, Any] = {}
 
 
 @dataclass
@@ -70,7 +73,7 @@ def bench(
     preset: str = "small",
     frames: Sequence[int] = (16, 32, 80, 160, 320),
     batches: Sequence[int] = (1, 2, 4),
-    clips: Sequence[int] = (4, 8, 16, 32),
+    clips: Sequence[int] = (2, 4, 8, 16),
     workers: Sequence[int] = (0, 1, 2),
     min_run_s: float = 0.5,
 ) -> list[Series]:
@@ -83,7 +86,7 @@ def bench(
     """
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, freed_memory_kept():  # As a training does.
         before = os.environ.get("XDG_CACHE_HOME")
         os.environ["XDG_CACHE_HOME"] = str(Path(name) / "cache")
         try:
@@ -94,7 +97,7 @@ def bench(
                 *_lengths(store, long, preset, frames, min_run_s),
                 *_batches(store, short, preset, batches, min_run_s),
                 *_clips(store, short, clips, min_run_s),
-                *_workers(store, short[: min(16, len(short))], workers),
+                *_workers(store, short[:8], workers),
             ]
         finally:
             if before is None:
@@ -135,9 +138,9 @@ def _lengths(store: Store, video: Sample, preset: str, frames: Sequence[int], mi
     trained = Series(f"training step, {preset}", "clip length", "clip")
     points = torch.from_numpy(landmarks()).repeat(math.ceil(max(frames) / 80), 1, 1)
     for count in frames:
-        _add(drawn, count, lambda count=count: _draw(points[:count]), min_run_s)
+        _add(drawn, count, partial(_draw, points[:count]), min_run_s)
         dataset, config = _dataset(store, [video], {"model.segments": count // 16})
-        _add(read, count, lambda dataset=dataset, config=config: _read(dataset, config), min_run_s)
+        _add(read, count, partial(_read, dataset, config), min_run_s)
         _add(trained, count, _step(preset, 1, count), min_run_s)
     return [drawn, read, trained]
 
@@ -151,9 +154,9 @@ def _batches(
     points = torch.from_numpy(landmarks())
     for count in batches:
         batch = points.expand(count, *points.shape).contiguous()
-        _add(drawn, count, lambda batch=batch: _draw(batch), min_run_s)
+        _add(drawn, count, partial(_draw, batch), min_run_s)
         dataset, config = _dataset(store, [videos[index % len(videos)] for index in range(count)])
-        _add(read, count, lambda dataset=dataset, config=config: _read(dataset, config), min_run_s)
+        _add(read, count, partial(_read, dataset, config), min_run_s)
         _add(trained, count, _step(preset, count, None), min_run_s)
     return [drawn, read, trained]
 
@@ -161,17 +164,17 @@ def _batches(
 def _clips(store: Store, videos: Sequence[Sample], clips: Sequence[int], min_run_s: float) -> list[Series]:
     cached = Series("an epoch's loading, from the cache", "clips", "epoch")
     jpeg = Series("an epoch's loading, from JPEG", "clips", "epoch")
-    for series, settings in ((cached, {}), (jpeg, {"data.cache_gb": 0})):
+    for series, settings in ((cached, NO_SETTINGS), (jpeg, {"data.cache_gb": 0})):
         for count in clips:
             dataset, config = _dataset(store, videos[:count], settings)
-            _add(series, count, lambda dataset=dataset, config=config: _epoch(dataset, config), min_run_s)
+            _add(series, count, partial(_epoch, dataset, config), min_run_s)
     return [cached, jpeg]
 
 
 def _workers(store: Store, videos: Sequence[Sample], workers: Sequence[int]) -> list[Series]:
     cached = Series(f"{len(videos)} clips, from the cache", "workers", "epoch")
     jpeg = Series(f"{len(videos)} clips, from JPEG", "workers", "epoch")
-    for series, settings in ((cached, {}), (jpeg, {"data.cache_gb": 0})):
+    for series, settings in ((cached, NO_SETTINGS), (jpeg, {"data.cache_gb": 0})):
         for count in workers:
             dataset, config = _dataset(store, videos, settings | {"data.workers": count})
             loader = _loader(dataset, _order(dataset, config), config, torch.device("cpu"))

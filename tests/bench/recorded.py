@@ -21,8 +21,6 @@ RECORDED: tuple[tuple[str, str, float], ...] = (
 )
 """How a row's name begins and ends; median CPU-seconds of all threads, or GB. Heatmaps: of a clip of 80 frames; clip
 pair: of 80 frames and 80 rendered heatmaps, read and transformed, one after the other."""
-THREADS = 2
-"""That the numbers were recorded with."""
 KERNEL_GFLOP = (8 * 2 * 16 * 56 * 56 * 64 * 64 * 9 + 8 * 2 * 1024**3) / 1e9
 
 
@@ -36,11 +34,11 @@ def attach(rows: list[Row]) -> None:
 
 def kernel_cpu_s(rounds: int = 3) -> float:
     """CPU-seconds of the calibration kernel: 3x3 convolutions of [16,64,56,56] and products of 1024 x 1024 matrices,
-    eight of each, float32, with as many threads as were recorded."""
+    eight of each, float32, one thread: two would spin for each other beside other processes."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
     x, weight = torch.ones(16, 64, 56, 56), torch.ones(64, 64, 3, 3)
     matrix = torch.ones(1024, 1024)
     times = []
@@ -60,6 +58,6 @@ def sentence(kernel_s: float) -> str:
     """What the recorded column is, and is not."""
     return (
         f"recorded: CPU-seconds of {SOURCE}. They are not scaled to this machine, for the calibration kernel was not "
-        f"timed there; here its {KERNEL_GFLOP:.0f} GFLOP take {kernel_s:.2f} CPU-s ({THREADS} threads, "
+        f"timed there; here its {KERNEL_GFLOP:.0f} GFLOP take {kernel_s:.2f} CPU-s (one thread, "
         f"{KERNEL_GFLOP / kernel_s:.0f} GFLOP a CPU-s; the recorded training step did {1049 / 18.5:.0f})."
     )
