@@ -133,7 +133,9 @@ def test_recorded_numbers_go_to_the_rows_that_they_are_of() -> None:
 
 
 def test_growth_at_the_smallest_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    series = growth.bench(preset="tiny", frames=(16, 32), batches=(1, 2), clips=(1, 2), workers=(0, 1), min_run_s=0.01)
+    series = growth.bench(
+        preset="tiny", clip_preset="tiny", frames=(16, 32), batches=(1, 2), clips=(1, 2), workers=(0, 1), min_run_s=0.01
+    )
     assert {one.axis for one in series} == set(growth.AXES)
     for one in series:
         assert len(one.at) == len(one.seconds) == 2

@@ -71,6 +71,7 @@ class Series:
 def bench(
     *,
     preset: str = "small",
+    clip_preset: str = "paper",
     frames: Sequence[int] = (16, 32, 80, 160, 320),
     batches: Sequence[int] = (1, 2, 4),
     clips: Sequence[int] = (2, 4, 8, 16),
@@ -80,12 +81,14 @@ def bench(
     """All series.
 
     Args:
-        preset: of the training step; heatmaps and clips are those of ``paper``.
+        preset: of the training step.
+        clip_preset: of the clips that are read; heatmaps alone are drawn as in ``paper``.
         frames: of a clip: multiples of 16.
         min_run_s: a measurement is repeated for at least so long.
     """
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    clip = override(PRESETS[clip_preset](), {"data.repeats": 1, "data.workers": 0})
     with tempfile.TemporaryDirectory() as name, freed_memory_kept():  # As a training does.
         before = os.environ.get("XDG_CACHE_HOME")
         os.environ["XDG_CACHE_HOME"] = str(Path(name) / "cache")
@@ -94,10 +97,10 @@ def bench(
             long = _video(store, "long", max(frames) + 16)
             short = [_video(store, f"v{number:03d}", 100) for number in range(max(clips))]
             return [
-                *_lengths(store, long, preset, frames, min_run_s),
-                *_batches(store, short, preset, batches, min_run_s),
-                *_clips(store, short, clips, min_run_s),
-                *_workers(store, short[:8], workers),
+                *_lengths(store, long, clip, preset, frames, min_run_s),
+                *_batches(store, short, clip, preset, batches, min_run_s),
+                *_clips(store, short, clip, clips, min_run_s),
+                *_workers(store, short[:8], clip, workers),
             ]
         finally:
             if before is None:
@@ -132,21 +135,25 @@ def figure(series: Sequence[Series], path: Path) -> None:
     picture.savefig(path, dpi=120)
 
 
-def _lengths(store: Store, video: Sample, preset: str, frames: Sequence[int], min_run_s: float) -> list[Series]:
+def _lengths(
+    store: Store, video: Sample, clip: Config, preset: str, frames: Sequence[int], min_run_s: float
+) -> list[Series]:
     drawn = Series("heatmaps, 256 px JET -> 64 px", "clip length", "clip")
     read = Series("clip pair from the cache", "clip length", "clip")
     trained = Series(f"training step, {preset}", "clip length", "clip")
     points = torch.from_numpy(landmarks()).repeat(math.ceil(max(frames) / 80), 1, 1)
     for count in frames:
         _add(drawn, count, partial(_draw, points[:count]), min_run_s)
-        dataset, config = _dataset(store, [video], {"model.segments": count // 16})
+        dataset, config = _dataset(
+            store, [video], override(clip, {"model.segments": count // clip.model.segment_frames})
+        )
         _add(read, count, partial(_read, dataset, config), min_run_s)
         _add(trained, count, _step(preset, 1, count), min_run_s)
     return [drawn, read, trained]
 
 
 def _batches(
-    store: Store, videos: Sequence[Sample], preset: str, batches: Sequence[int], min_run_s: float
+    store: Store, videos: Sequence[Sample], clip: Config, preset: str, batches: Sequence[int], min_run_s: float
 ) -> list[Series]:
     drawn = Series("heatmaps, 256 px JET -> 64 px", "batch", "batch")
     read = Series("clip pairs from the cache", "batch", "batch")
@@ -155,28 +162,30 @@ def _batches(
     for count in batches:
         batch = points.expand(count, *points.shape).contiguous()
         _add(drawn, count, partial(_draw, batch), min_run_s)
-        dataset, config = _dataset(store, [videos[index % len(videos)] for index in range(count)])
+        dataset, config = _dataset(store, [videos[index % len(videos)] for index in range(count)], clip)
         _add(read, count, partial(_read, dataset, config), min_run_s)
         _add(trained, count, _step(preset, count, None), min_run_s)
     return [drawn, read, trained]
 
 
-def _clips(store: Store, videos: Sequence[Sample], clips: Sequence[int], min_run_s: float) -> list[Series]:
+def _clips(
+    store: Store, videos: Sequence[Sample], clip: Config, clips: Sequence[int], min_run_s: float
+) -> list[Series]:
     cached = Series("an epoch's loading, from the cache", "clips", "epoch")
     jpeg = Series("an epoch's loading, from JPEG", "clips", "epoch")
     for series, settings in ((cached, NO_SETTINGS), (jpeg, {"data.cache_gb": 0})):
         for count in clips:
-            dataset, config = _dataset(store, videos[:count], settings)
+            dataset, config = _dataset(store, videos[:count], override(clip, settings))
             _add(series, count, partial(_epoch, dataset, config), min_run_s)
     return [cached, jpeg]
 
 
-def _workers(store: Store, videos: Sequence[Sample], workers: Sequence[int]) -> list[Series]:
+def _workers(store: Store, videos: Sequence[Sample], clip: Config, workers: Sequence[int]) -> list[Series]:
     cached = Series(f"{len(videos)} clips, from the cache", "workers", "epoch")
     jpeg = Series(f"{len(videos)} clips, from JPEG", "workers", "epoch")
     for series, settings in ((cached, NO_SETTINGS), (jpeg, {"data.cache_gb": 0})):
         for count in workers:
-            dataset, config = _dataset(store, videos, settings | {"data.workers": count})
+            dataset, config = _dataset(store, videos, override(clip, settings | {"data.workers": count}))
             loader = _loader(dataset, _order(dataset, config), config, torch.device("cpu"))
             times = []
             for number in range(3):  # The first pass starts the workers.
@@ -209,10 +218,7 @@ def _step(preset: str, clips: int, frames: int | None) -> Callable[[], None]:
     return make_step(config, Measurement(preset, "train", "fp32", clips, 1))
 
 
-def _dataset(
-    store: Store, videos: Sequence[Sample], settings: dict[str, Any] | None = None
-) -> tuple[ClipDataset, Config]:
-    config = override(paper(), {"data.repeats": 1, "data.workers": 0} | (settings or {}))
+def _dataset(store: Store, videos: Sequence[Sample], config: Config) -> tuple[ClipDataset, Config]:
     return ClipDataset(store, videos, config, train=True), config
 
 
