@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import config as configs
 from . import console, metrics
-from .config import EXPRESSIONS, PRESETS
+from .config import EXPRESSIONS, PRESETS, Config
 from .data.cache import cache_folder, cache_size, clear_cache
-from .data.cohort import choose_expressions, load_cohort
+from .data.cohort import Cohort, choose_expressions, load_cohort
 from .data.manifest import read_manifest
 from .data.sample import SampleConfig, make_sample
 from .errors import CheckpointError, ConfigError
@@ -31,6 +31,11 @@ from .faces.prepare import Outcome, PrepareSettings, add_landmarks, prepare_coho
 from .faces.track import TrackSettings
 from .history import ExpressionHistory, History, write_history
 from .store import Store
+
+if TYPE_CHECKING:
+    import torch
+
+    from .train import EpochResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,7 +208,13 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    sub = commands.add_parser("train", help="train one model for each expression, without Ray or MLflow")
+    sub = commands.add_parser(
+        "train",
+        help="train one model for each expression, without Ray or MLflow",
+        description="Trains one model for each expression. On several GPUs: torchrun --nproc-per-node 2 -m qafe train "
+        "...; train.batch_size then counts the clips of all GPUs together, and the numbers stay those of one "
+        "(train.sync_batchnorm).",
+    )
     sub.add_argument("--data-root", type=Path, required=True, help="a prepared dataset")
     sub.add_argument("--expression", help="one, several with commas, or all (default: smile, or the only one)")
     sub.add_argument("--preset", choices=sorted(PRESETS), default="paper")
@@ -215,36 +226,46 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .score import SUFFIX, Scorer
-    from .train import BEST_FILE, fit, pick_device
+    from .distributed import launched
+    from .train import pick_device
 
-    settings = configs.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
-    config = configs.override(PRESETS[options.preset](), settings)
-    device = pick_device(options.device)
-    cohort = load_cohort(options.data_root, config.data)
-    expressions = choose_expressions(cohort.manifest, options.expression)
+    with launched() as join:
+        settings = configs.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
+        config = configs.override(PRESETS[options.preset](), settings)
+        device = pick_device(options.device)
+        cohort = load_cohort(options.data_root, config.data)
+        expressions = choose_expressions(cohort.manifest, options.expression)
+        if join(device).first:
+            _train_and_keep(options.out, config, cohort, expressions, device)
+        else:
+            for expression in expressions:
+                for _ in _epochs(config, cohort.only(expression), expression, device):
+                    pass
+    return 0
+
+
+def _train_and_keep(
+    out: Path | None, config: Config, cohort: Cohort, expressions: Sequence[str], device: torch.device
+) -> None:
+    from .score import SUFFIX, Scorer
+    from .train import BEST_FILE
+
     test: dict[str, float] = {}
     history: History = {}
-    with _output_folder(options.out) as folder:
+    with _output_folder(out) as folder:
         (folder / "config.json").write_text(configs.to_json(config))
         for expression in expressions:
             part = cohort.only(expression)
             entry = history[expression] = ExpressionHistory.start(part.validation)
             result = None
-            try:
-                for result in fit(config, part.store, part.train, part.validation, device=device):
-                    entry.add(result)
-                    print(
-                        f"{expression} epoch {result.epoch}/{config.train.epochs}: loss {result.train_loss:.4f}, "
-                        f"validation Spearman {result.metrics['spearman']:.3f} (best {result.best_spearman:.3f} in "
-                        f"epoch {result.best_epoch}), MAE {result.metrics['mae']:.3f}, {result.seconds:.1f} s",
-                        file=sys.stderr,
-                    )
-            except FloatingPointError as err:
-                raise ConfigError(
-                    f"the training loss must stay finite: {err} of {expression}, with train.lr={config.train.lr:g}. "
-                    f"Set train.lr={config.train.lr / 10:g} or train.clip_norm=1."
-                ) from err
+            for result in _epochs(config, part, expression, device):
+                entry.add(result)
+                print(
+                    f"{expression} epoch {result.epoch}/{config.train.epochs}: loss {result.train_loss:.4f}, "
+                    f"validation Spearman {result.metrics['spearman']:.3f} (best {result.best_spearman:.3f} in "
+                    f"epoch {result.best_epoch}), MAE {result.metrics['mae']:.3f}, {result.seconds:.1f} s",
+                    file=sys.stderr,
+                )
             assert result is not None
             result.save(folder / expression)
             (folder / expression / BEST_FILE).rename(folder / (expression + SUFFIX))
@@ -257,7 +278,18 @@ def _train(options: argparse.Namespace) -> int:
         _published_row(history, "validation", {name: entry.best.metrics["spearman"] for name, entry in history.items()})
     )
     print(_published_row(history, "test", test))
-    return 0
+
+
+def _epochs(config: Config, part: Cohort, expression: str, device: torch.device) -> Iterator[EpochResult]:
+    from .train import fit
+
+    try:
+        yield from fit(config, part.store, part.train, part.validation, device=device)
+    except FloatingPointError as err:
+        raise ConfigError(
+            f"the training loss must stay finite: {err} of {expression}, with train.lr={config.train.lr:g}. "
+            f"Set train.lr={config.train.lr / 10:g} or train.clip_norm=1."
+        ) from err
 
 
 def _published_row(history: History, split: str, spearman: dict[str, float]) -> str:

@@ -313,7 +313,8 @@ class TrainConfig:
 
     epochs: int = 100
     batch_size: int = 4
-    """Clips that go through the model at once, and that share the statistics of its batch norms."""
+    """Clips that go through the model at once, and that share the statistics of its batch norms; under torchrun the
+    clips of all processes together, each of which takes its share."""
     accumulate: int = 1
     """Batches that make one step, as if they were one: memory is that of a single batch. A loss that compares the
     clips of a batch (bmc) sees them all, for which each batch goes through the model twice."""
@@ -322,6 +323,10 @@ class TrainConfig:
     numbers, a third more time."""
     compile: bool = False
     """Train through torch.compile: minutes at the start, faster steps on a GPU; needs a C++ compiler."""
+    sync_batchnorm: bool = True
+    """Under torchrun, take the statistics of batch norms over the clips of all processes: the numbers are those of one
+    process, for two small exchanges a norm and pass. False: each process has its own, over few clips, and the model
+    keeps those of the first, as in the authors' DataParallel. Changes nothing in one process."""
     optimizer: Optimizer = "sgd"
     lr: float = 1e-3
     momentum: float = 0.9

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,13 @@ from .errors import QafeError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+PATIENCE_S = 5.0
+"""How long a process that fails like another waits for torchrun to end it."""
+
+
+def speaks() -> bool:
+    """Whether this process is the one that prints: of those that torchrun starts, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -23,6 +32,12 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog=prog, description=description)
     result.add_argument("--debug", action="store_true", help="show the trace of an error, and more of what happens")
     return result
+
+
+def let_others_speak() -> None:
+    """Waits before this process ends in silence: torchrun stops the others at once, also one about to print."""
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(PATIENCE_S)
 
 
 @contextlib.contextmanager
@@ -59,13 +74,15 @@ def run(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parses, runs and turns errors into one line on stderr and exit status 2 (130 for Ctrl-C)."""
-    options = arguments.parse_args(argv)
+    options = _parse(arguments, argv)
     logging.basicConfig(
         level=logging.INFO if options.debug else logging.WARNING,
         format="%(name)s: %(message)s",
         stream=sys.stderr,
     )
     logging.getLogger("qafe").setLevel(logging.DEBUG if options.debug else logging.INFO)
+    if not (speaks() or options.debug):
+        logging.disable(logging.WARNING)
     try:
         return command(options)
     except QafeError as err:
@@ -78,3 +95,15 @@ def run(
             raise
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    if speaks():
+        return arguments.parse_args(argv)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return arguments.parse_args(argv)
+        except SystemExit as err:
+            if err.code:
+                let_others_speak()
+            raise

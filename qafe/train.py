@@ -21,18 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from . import config as configs
 from . import metrics
 from .config import Config, TrainConfig
 from .data.dataset import Clip, ClipBatch, ClipDataset, collate, model_inputs
 from .data.manifest import Sample
+from .distributed import ALONE, Ranks, Shares, gradients_summed, local_rank
 from .errors import CheckpointError, ConfigError, ManifestError, QafeError
 from .losses import BATCH_LOSSES, build_loss
 from .memory import freed_memory_kept
 from .model import weights
-from .model.batchnorm import statistics_kept
+from .model.batchnorm import set_counted, statistics_kept, synchronise
 from .model.qafenet import QAFENet, build
 from .store import Store
 
@@ -55,6 +56,8 @@ class EpochResult:
         seconds: of the epoch, evaluation included; clips_per_s: of its training part.
         peak_memory_mb: on the device where it is a GPU, else of the process.
         parameters: of the model.
+
+    All but the times and the memory is the same in each of the processes that train together.
     """
 
     epoch: int
@@ -69,17 +72,23 @@ class EpochResult:
     peak_memory_mb: float
     parameters: int
     save: Callable[[Path], None] = dataclasses.field(repr=False)
-    """Writes all that `fit` needs to go on (``last.pt``) and the best weights (``best.safetensors``) to a folder."""
+    """Writes all that `fit` needs to go on (``last.pt``) and the best weights (``best.safetensors``) to a folder.
+
+    Of processes that train together the first one writes; in the others this does nothing."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device to train on: ``auto`` takes a GPU where there is one.
 
+    Each of the processes that torchrun started takes the GPU of its number.
+
     Raises:
         ConfigError: the named device does not exist here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank() is not None:
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -105,6 +114,12 @@ def fit(
 
     Every random draw of an epoch comes from ``(train.seed, epoch)``, so a run that resumes from the folder that
     `EpochResult.save` wrote gives the same numbers as one that never stopped.
+
+    Where torch's default process group is initialised, its processes train one model, and each must call this with
+    the same arguments but for its device, and ask for the same epochs. ``train.batch_size`` counts the clips of all
+    of them together: each takes its share of every batch, and of the validation clips. With ``train.sync_batchnorm``
+    the numbers are those of one process within rounding, if there is no dropout: its draws come from
+    ``(train.seed, epoch, rank)`` in all but the first process. A checkpoint does not depend on their number.
 
     Args:
         train, validation: samples of one expression; whole patients on one side each.
@@ -141,6 +156,7 @@ class _Run:
     ) -> None:
         self.config = config
         self.device = device
+        self.ranks = Ranks.current()
         self.train_set = ClipDataset(store, train, config, train=True)
         self.validation_set = ClipDataset(store, validation, config, train=False)
         self.target = np.array([sample.score for sample in validation], dtype=np.float64)
@@ -151,10 +167,11 @@ class _Run:
         if device.type == "cuda":
             self.model.spatial.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.spatial.recompute = config.train.checkpoint
-        # What a training pass calls: the same modules and weights, compiled or not.
-        self.forward: Callable[[Tensor, Tensor], Tensor] = (
-            torch.compile(self.model) if config.train.compile else self.model
-        )
+        if config.train.sync_batchnorm and self.ranks.world > 1:
+            synchronise(self.model)
+        # What a training pass calls: the same modules and weights, compiled or not, in one process or several.
+        forward: Any = torch.compile(self.model) if config.train.compile else self.model
+        self.forward = self.ranks.parallel(forward)
         scores = torch.tensor([sample.score for sample in train], dtype=torch.float32)
         self.loss = build_loss(config.train, scores).to(device)
         parameters = [p for m in (self.model, self.loss) for p in m.parameters() if p.requires_grad]
@@ -170,8 +187,8 @@ class _Run:
     def epochs(self) -> Iterator[EpochResult]:
         # The loaders belong to this generator alone: an `EpochResult` that is kept must not keep their workers.
         batches: list[list[int]] = []
-        training = _loader(self.train_set, batches, self.config, self.device)
-        validation = _evaluation_loader(self.validation_set, self.config, self.device)
+        training = _loader(self.train_set, batches, self.config, self.device, self.ranks)
+        validation = _evaluation_loader(self.validation_set, self.config, self.device, self.ranks)
         # Recomputing activations is the choice of who lacks memory, and keeping what is freed costs some.
         with freed_memory_kept(self.device.type == "cpu" and not self.config.train.checkpoint):
             while self.epoch < self.config.train.epochs:
@@ -187,9 +204,13 @@ class _Run:
             torch.cuda.reset_peak_memory_stats(self.device)
         with _seeded(self.config.train.seed, self.epoch, self.device):
             batches[:] = epoch_batches(len(self.train_set), self.config.train.batch_size)
+            if not self.ranks.first:
+                torch.manual_seed(_seed(self.config.train.seed, self.epoch, self.ranks.rank))
             train_loss = self._train_epoch(training)
         trained = time.perf_counter()
-        predictions = _scores(self.model, validation, self.config, self.device)
+        self.ranks.spread_buffers(self.model)
+        scores = _scores(self.model, validation, self.config, self.device)
+        predictions = _array(self.ranks.gather(scores, len(self.validation_set)))
         values = metrics.evaluate(predictions, self.target)
         key = (values["spearman"], -values["mae"])
         if key > self.best_key:
@@ -213,8 +234,10 @@ class _Run:
     def _train_epoch(self, loader: DataLoader[Clip]) -> float:
         self.model.train()
         self.train_set.set_epoch(self.epoch)
-        sizes = [len(batch) for batch in loader.batch_sampler or ()]
-        batches, steps = _read(loader), step_sizes(sizes, self.config.train.accumulate)
+        assert isinstance(loader.batch_sampler, Shares)
+        sizes = [len(batch) for batch in loader.batch_sampler.whole]
+        batches = (dataclasses.replace(part, whole=size) for part, size in zip(_read(loader), sizes, strict=True))
+        steps = step_sizes(sizes, self.config.train.accumulate)
         total = torch.zeros((), device=self.device)
         for count in steps:
             several = count > 1 and self.config.train.loss in BATCH_LOSSES
@@ -231,13 +254,14 @@ class _Run:
 
     def _backward_each(self, batches: list[ClipBatch]) -> Tensor:
         """Gradients of a loss that is a mean over clips, batch by batch; returns the loss."""
-        clips = sum(map(len, batches))
+        clips = sum(batch.size for batch in batches)
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            prediction, target = self._predict(batch)
-            loss = self.loss(prediction, target)
-            share = len(batch) / clips
-            self.scaler.scale(loss * share if share < 1 else loss).backward()
+            with gradients_summed(self.forward, now=batch is batches[-1]):
+                prediction, target = self._predict(batch)
+                loss = self.loss(prediction, target)
+                share = batch.size / clips
+                self.scaler.scale(loss * share if share < 1 else loss).backward()
             total += loss.detach() * share
         return total
 
@@ -257,19 +281,22 @@ class _Run:
         loss: Tensor = self.loss(predictions, torch.cat([target for _, target in parts]))
         torch.autograd.backward(self.scaler.scale(loss))
         assert predictions.grad is not None
-        gradients = torch.split(predictions.grad, [len(batch) for batch in batches])
+        gradients = torch.split(predictions.grad, [batch.size for batch in batches])
         for batch, state, gradient in zip(batches, states, gradients, strict=True):
             _set_random_state(state, self.device)
-            torch.autograd.backward(self._predict(batch)[0], gradient)
+            with gradients_summed(self.forward, now=batch is batches[-1]):
+                torch.autograd.backward(self._predict(batch)[0], gradient)
         return loss.detach()
 
     def _predict(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
-        """Predictions in float32, and targets."""
+        """Predictions in float32, and targets: of the whole batch, with the gradient of this process's share."""
+        mine = self.ranks.share(batch.size)
+        set_counted(self.model, mine.stop > mine.start)
         batch = batch.to(self.device)
         rgb, heatmap = model_inputs(batch, self.config)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             prediction = self.forward(rgb, heatmap)
-        return prediction.float(), batch.score
+        return self.ranks.gather(prediction.float(), batch.size), self.ranks.gather(batch.score, batch.size)
 
     def _step(self) -> None:
         if self.config.train.clip_norm > 0:
@@ -280,6 +307,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def save(self, folder: Path) -> None:
+        if not self.ranks.first:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "config": configs.to_json(self.config),
@@ -322,13 +351,12 @@ class _Run:
 
 def predict(model: QAFENet, dataset: ClipDataset, config: Config, device: torch.device) -> np.ndarray:
     """Scores [N] of a dataset's evaluation clips, in its order, batch by batch."""
-    return _scores(model, _evaluation_loader(dataset, config, device), config, device)
+    return _array(_scores(model, _evaluation_loader(dataset, config, device), config, device))
 
 
 def score_batch(model: QAFENet, batch: ClipBatch, config: Config, device: torch.device) -> np.ndarray:
     """Scores [B] of a batch in full float32 on every device: cuDNN's TF32 has three decimals."""
-    scores: np.ndarray = _score(model, batch, config, device).double().cpu().numpy()
-    return scores
+    return _array(_score(model, batch, config, device))
 
 
 @torch.inference_mode()
@@ -342,26 +370,33 @@ def _score(model: QAFENet, batch: ClipBatch, config: Config, device: torch.devic
     return scores
 
 
-def _scores(model: QAFENet, loader: DataLoader[Clip], config: Config, device: torch.device) -> np.ndarray:
+def _scores(model: QAFENet, loader: DataLoader[Clip], config: Config, device: torch.device) -> Tensor:
     model.eval()
-    # Fetched once at the end: a GPU need not wait for each batch to be copied back.
-    scores: np.ndarray = (
-        torch.cat([_score(model, batch, config, device) for batch in _read(loader)]).double().cpu().numpy()
-    )
-    return scores
+    # Left on the device: a GPU need not wait for each batch to be copied back.
+    scores = [_score(model, batch, config, device) for batch in _read(loader)]
+    return torch.cat(scores) if scores else torch.empty(0, device=device)
+
+
+def _array(scores: Tensor) -> np.ndarray:
+    array: np.ndarray = scores.double().cpu().numpy()
+    return array
 
 
 def _loader(
-    dataset: ClipDataset, batches: Iterable[list[int]], config: Config, device: torch.device
+    dataset: ClipDataset,
+    batches: Iterable[list[int]],
+    config: Config,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> DataLoader[Clip]:
-    """Reads the batches of clips, the same workers in every pass; they end with the loader.
+    """Reads this process's share of the batches of clips, the same workers in every pass; they end with the loader.
 
     Draws nothing from torch's global generator, or a resumed run would differ: a loader with workers draws once,
     in its first pass, and one without in every pass.
     """
     return DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=Shares(batches, ranks),
         collate_fn=collate,
         num_workers=config.data.workers,
         persistent_workers=config.data.workers > 0,
@@ -370,8 +405,12 @@ def _loader(
     )
 
 
-def _evaluation_loader(dataset: ClipDataset, config: Config, device: torch.device) -> DataLoader[Clip]:
-    batches = BatchSampler(SequentialSampler(dataset), config.train.batch_size, drop_last=False)
+def _evaluation_loader(
+    dataset: ClipDataset, config: Config, device: torch.device, ranks: Ranks = ALONE
+) -> DataLoader[Clip]:
+    """Reads this process's share of the clips, in whole batches."""
+    mine = range(len(dataset))[ranks.share(len(dataset))]
+    batches = BatchSampler(mine, config.train.batch_size, drop_last=False)
     return _loader(dataset, batches, config, device)
 
 
@@ -460,8 +499,12 @@ def amp_dtype(settings: TrainConfig, device: torch.device) -> torch.dtype | None
 def _seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
     """Seeds torch's generators for a block, and puts them back after it."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+        torch.manual_seed(_seed(seed, epoch))
         yield
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -60,9 +60,16 @@ class ClipBatch:
     """int64 [B,2], (top, left) of each heatmap crop; stays on the CPU, where the crop is made from."""
     score: Float32[Tensor, " B"]
     samples: list[Sample]
+    whole: int | None = None
+    """Clips of the batch that these are one process's share of (`qafe.distributed`); None if these are all."""
 
     def __len__(self) -> int:
         return self.rgb.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Clips of the whole batch."""
+        return len(self) if self.whole is None else self.whole
 
     def to(self, device: torch.device | str) -> ClipBatch:
         """The batch with its large tensors and scores on a device."""
@@ -207,8 +214,8 @@ def _normalised(rgb: UInt8[Tensor, "B T H W 3"]) -> Float[Tensor, "B 3 T H W"]:
     rows = rgb.flatten(0, 1).flatten(2)  # BT H W3
     normalised = torch.empty(rows.shape, device=rgb.device)
     step = 1 if rgb.device.type == "cpu" else max(len(rows), 1)
-    for first in range(0, len(rows), step):
-        torch.addcmul(shift, rows[first : first + step].float(), scale, out=normalised[first : first + step])
+    for levels, out in zip(torch.split(rows, step), torch.split(normalised, step), strict=True):
+        torch.addcmul(shift, out.copy_(levels), scale, out=out)
     return normalised.view(rgb.shape).permute(0, 4, 1, 2, 3)
 
 

@@ -2,8 +2,8 @@
 
 Source: the heatmaps that the QAFE-Net authors render to disk (arXiv:2312.00856); uint8-equal to theirs for faces
 inside the frame. Differs: drawn when needed instead of stored as JPEG (which costs up to 180 levels at single
-pixels), a point that cannot be seen is left out instead of blanking the frame, and points are drawn as products of
-two profiles, so that no image a point is ever made.
+pixels), a point that cannot be seen is left out instead of blanking the frame, and rows are drawn as sums of the
+few profiles that reach them, so that no image a point is ever made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from ..config import HeatmapConfig
 
-_CPU_CHUNK_PIXELS = 2**21
+_CPU_CHUNK_PIXELS = 2**23
 _GPU_CHUNK_PIXELS = 2**24
 
 
@@ -59,8 +59,8 @@ def draw(landmarks: Float[Tensor, "*batch P 2"], config: HeatmapConfig) -> Float
     over points is blurred with OpenCV's kernel of ``blur_px`` (borders reflected) and divided by its maximum. A
     point with no pixel inside the frame, or with a NaN coordinate, is not drawn; a frame with no point is zero.
 
-    A Gaussian is the product of a profile along x and one along y, and so is the blur, so a frame is one matrix
-    product [H,P] x [P,W] of blurred profiles. Runs in float32 under autocast, too.
+    A Gaussian is the product of a profile along x and one along y, and so is the blur, so a frame is the sum of the
+    points' products of two blurred profiles. Runs in float32 under autocast, too.
 
     Args:
         landmarks: (x, y) in canvas pixels, the points to draw only.
@@ -115,13 +115,15 @@ def render(
     flat = _flat(landmarks)
     # Planes lie apart in memory, as the encoder reads them.
     planes = torch.empty(config.channels, len(flat), resize_px, resize_px, device=flat.device)
-    for frames in _chunks(flat, config.canvas_px):
-        if config.colour == "grey":
-            planes[0, frames] = _resized(draw(flat[frames], config).unsqueeze(1), resize_px, resize_px)[:, 0]
-        elif config.canvas_px == resize_px:
-            _colour(draw(flat[frames], config), planes[:, frames])
-        else:
-            _resize_jet(_jet_frames(flat[frames], config), planes[:, frames])
+    if config.colour == "jet" and config.canvas_px != resize_px:
+        _render_jet(flat, config, planes)
+    else:
+        for frames in _chunks(flat, config.canvas_px):
+            grey = draw(flat[frames], config)
+            if config.colour == "jet":
+                _colour(grey, planes[:, frames])
+            else:
+                planes[0, frames] = _resized(grey.unsqueeze(1), resize_px, resize_px)[:, 0]
     return planes.view(config.channels, *landmarks.shape[:-2], resize_px, resize_px).movedim(0, -3)
 
 
@@ -130,69 +132,113 @@ def _flat(landmarks: Tensor) -> Tensor:
 
 
 def _chunks(flat: Tensor, side: int) -> Iterator[slice]:
-    """Frames to draw at a time: on a CPU what its caches hold, else what stays below some 500 MB."""
+    """Frames to draw at a time: few calls, and memory that stays below some 500 MB, on a CPU 50 MB."""
     pixels = _CPU_CHUNK_PIXELS if flat.device.type == "cpu" else _GPU_CHUNK_PIXELS
     step = max(1, pixels // side**2)
     return (slice(start, start + step) for start in range(0, len(flat), step))
 
 
-def _drawn(flat: Tensor, config: HeatmapConfig) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
-    """[n,P,2] canvas pixels -> frames, rows and columns, and the grey values there; all others are zero."""
+def _drawn(
+    flat: Tensor, config: HeatmapConfig, block_px: int = 1, margin: int = 0
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    """[n,P,2] canvas pixels -> frames, rows and columns, and the grey values there; all others are zero.
+
+    On a CPU only the pixels near a point are drawn: the blocks that they touch, and a margin of so many more blocks.
+    On a GPU all are: to ask where points lie would wait for it.
+    """
     if not flat.shape[1]:
         return
     for frames in _chunks(flat, config.canvas_px):
-        (columns, across), (rows, down) = _profiles(flat[frames], config)
-        with torch.autocast(flat.device.type, enabled=False):
-            grey = torch.bmm(down.transpose(1, 2), across)
+        first, profiles = _profiles(flat[frames], config)
+        reached = _reached(first, len(profiles), config)
+        columns, rows = (_blocks(pixels, config.canvas_px, block_px, margin) for pixels in reached)
+        # What lies outside the canvas is summed, too, and then cut off.
+        x, y = (
+            slice(min(pixels.start, span.start), max(pixels.stop, span.stop))
+            for pixels, span in zip(reached, (columns, rows), strict=True)
+        )
+        grey = _sum_of_products(first, profiles, x, y)
+        grey = grey[:, rows.start - y.start : rows.stop - y.start, columns.start - x.start : columns.stop - x.start]
         peak = grey.amax(dim=(1, 2), keepdim=True)
         # An empty frame has peak 0 and stays zero; a smallest normal number keeps 0/0 away without changing others.
         yield (frames, rows, columns), grey.div_(peak.clamp_min_(torch.finfo(grey.dtype).tiny))
 
 
-def _profiles(points: Tensor, config: HeatmapConfig) -> list[tuple[slice, Tensor]]:
-    """[n,P,2] -> along x and along y: the pixels that are not zero for all points, and each point's values there.
+def _reached(first: Tensor, length: int, config: HeatmapConfig) -> list[slice]:
+    """Along x and along y, the pixels that any point may reach, some of them outside the canvas."""
+    if first.device.type != "cpu":
+        edge = config.blur_px // 2
+        return [slice(-edge, config.canvas_px - edge + length)] * 2
+    lowest, highest = first.amin((1, 2)).tolist(), first.amax((1, 2)).tolist()
+    return [slice(low, high + length) for low, high in zip(lowest, highest, strict=True)]
 
-    A profile has peak 1 inside the frame and is then blurred; it is zero if no pixel of it is inside.
+
+def _blocks(pixels: slice, side: int, block_px: int, margin: int) -> slice:
+    """Pixels of the canvas, one at least: the blocks that hold the given ones, and a margin of so many more blocks."""
+    start = min(pixels.start, side - 1) // block_px - margin
+    stop = -(-pixels.stop // block_px) + margin
+    return slice(max(start * block_px, 0), min(stop * block_px, side))
+
+
+def _profiles(points: Tensor, config: HeatmapConfig) -> tuple[Tensor, Tensor]:
+    """[n,P,2] -> int64 [2,n,P] and [L,2,n,P]: along x and along y, each point's first pixel and its values from there.
+
+    A profile has peak 1 inside the frame and is then blurred; it is zero if no pixel of it is inside. Points of a
+    frame are sorted by their rows. Pixels come first, so that in memory values of points lie side by side: short rows
+    would be slow.
     """
     side, window, half = config.canvas_px, config.window_px, config.blur_px // 2
     # No coordinate is NaN or far out: a point outside these bounds has no pixel inside the frame.
     centre = points.permute(2, 0, 1).contiguous().nan_to_num(-torch.inf).clamp_(-window - 2, side + window + 1)
+    centre = centre.gather(2, centre[1].argsort().expand_as(centre))
     first = torch.trunc(centre - window).clamp_(0, side)
     end = torch.trunc(centre + (window + 1)).clamp_(0, side)
     nearest = torch.minimum(torch.maximum(centre.round(), first), end - 1)
     # All windows have the same width, and what the frame's edge cuts off is masked. The blur reads `half` pixels more
     # to either side of the pixels that it changes, mirrored where the frame ends (BORDER_REFLECT_101).
-    width = 2 * window + 2 + 2 * half
-    place = (first - 2 * half).unsqueeze(-1) + torch.arange(width + 2 * half, device=points.device)
-    pixel = (side - 1) - place.abs_().sub_(side - 1).abs_()
-    far = (pixel - centre.unsqueeze(-1)).square_() - (nearest - centre).square_().unsqueeze(-1)
+    step = torch.arange(2 * window + 2 + 4 * half, device=points.device).view(-1, 1, 1, 1)
+    pixel = (side - 1) - ((first - 2 * half) + step).abs_().sub_(side - 1).abs_()
+    far = (pixel - centre).square_() - (nearest - centre).square_()
     value = far.mul_(-0.5 / config.sigma_px**2).clamp_(max=0).exp_()
     # Several times as fast as a mask of booleans.
-    seen = pixel.sub_((first + end - 1).unsqueeze(-1) / 2).abs_().lt_((end - first).unsqueeze(-1) / 2)
-    value = _blurred(value.mul_(seen), config.blur_px)
-    # On a CPU only the pixels near a point are drawn. On a GPU all are: to ask where points lie would wait for it.
-    lowest, spans = first.new_zeros(2), [(0, side), (0, side)]
-    if points.device.type == "cpu":
-        lowest = first.amin((1, 2)).clamp_(max=side - 1)  # One pixel at least.
-        spans = [(int(low), int(high)) for low, high in zip(lowest, first.amax((1, 2)), strict=True)]
-    index = (first - lowest.view(2, 1, 1)).long().unsqueeze(-1) + torch.arange(width, device=points.device)
-    profiles = value.new_zeros(*first.shape, max(high - low for low, high in spans) + width)
-    profiles.scatter_(-1, index, value)
-    found = []
-    for (low, high), profile in zip(spans, profiles, strict=True):
-        start, stop = max(low - half, 0), min(high - half + width, side)
-        found.append((slice(start, stop), profile[..., start - low + half : stop - low + half]))
-    return found
+    seen = pixel.sub_((first + end - 1) / 2).abs_().lt_((end - first) / 2)
+    return first.long() - half, _blurred(value.mul_(seen), config.blur_px)
+
+
+def _sum_of_products(first: Tensor, profiles: Tensor, x: slice, y: slice) -> Tensor:
+    """First pixels and profiles -> the grey values at columns x and rows y, [n,H,W]; no profile reaches beyond them.
+
+    A row is the weighted sum of the profiles along x of the few points that reach it: a "bag" of an embedding. With
+    all frames in one column of rows, points begin, and so end, in ascending rows: a bag's points follow each other.
+    """
+    (length, _, frames, points), width, height = profiles.shape, x.stop - x.start, y.stop - y.start
+    point = torch.arange(frames * points, device=first.device)
+    step = torch.arange(length, device=first.device).view(-1, 1)
+
+    across = profiles.new_zeros(len(point), width)
+    place = (first[0].reshape(-1) - x.start + width * point) + step
+    across.view(-1).scatter_(0, place.view(-1), profiles[:, 0].reshape(-1))
+
+    row = (first[1] - y.start).view(-1) + height * point.div(points, rounding_mode="floor")
+    begun = row.new_zeros(frames * height).scatter_add_(0, row, torch.ones_like(row)).cumsum(0)
+    ended = functional.pad(begun[:-length], (length, 0))
+    size = begun - ended
+    bags = size.cumsum(0) - size
+    place = ((bags - ended).index_select(0, (row + step).view(-1)).view(length, -1) + point).view(-1)
+    weights = across.new_empty(len(place)).scatter_(0, place, profiles[:, 1].reshape(-1))
+    chosen = torch.empty_like(place).scatter_(0, place, point.repeat(length))
+    drawn = functional.embedding_bag(chosen, across, bags, mode="sum", per_sample_weights=weights)
+    return drawn.view(frames, height, width)
 
 
 def _blurred(values: Tensor, blur_px: int) -> Tensor:
-    """[...,W] -> [...,W - blur_px + 1]: through OpenCV's Gaussian kernel."""
+    """[W,...] -> [W - blur_px + 1,...]: through OpenCV's Gaussian kernel."""
     if blur_px <= 1:
         return values
-    kernel, width = _blur_kernel(blur_px), values.shape[-1] - blur_px + 1
-    total = values[..., :width] * kernel[0]
+    kernel, width = _blur_kernel(blur_px), len(values) - blur_px + 1
+    total = values[:width] * kernel[0]
     for tap in range(1, blur_px):
-        total.add_(values[..., tap : tap + width], alpha=kernel[tap])
+        total.add_(values[tap : tap + width], alpha=kernel[tap])
     return total
 
 
@@ -208,6 +254,17 @@ def _level(grey: Tensor) -> Tensor:
     return (grey * 255).int().reshape(-1)
 
 
+def _lookup(grey: Tensor) -> Tensor:
+    """[n,H,W] in [0, 1] -> int32 [n,H,W]: the word of each."""
+    table = _jet_words(grey.device)[1]
+    if grey.device.type != "cpu":
+        return table.index_select(0, _level(grey)).view(grey.shape)
+    # On a CPU one pass over bytes for each is faster than two over numbers of four.
+    level = np.empty(grey.shape, np.uint8)
+    np.multiply(grey.numpy(), np.float32(255), out=level, casting="unsafe")
+    return torch.from_numpy(cv2.LUT(level.reshape(1, -1), table.numpy()[None])).view(grey.shape)
+
+
 def _colour(grey: Tensor, out: Tensor) -> None:
     """[...] in [0, 1] -> [3,...]: through the JET map."""
     level = _level(grey)
@@ -218,11 +275,25 @@ def _colour(grey: Tensor, out: Tensor) -> None:
 
 def _jet_frames(flat: Tensor, config: HeatmapConfig) -> Tensor:
     """[n,P,2] canvas pixels -> int32 [n,H,W]: the bytes of a pixel are red, green, blue and 0."""
-    side, (dark, table) = config.canvas_px, _jet_words(flat.device)
+    side, (dark, _) = config.canvas_px, _jet_words(flat.device)
     words = torch.full((len(flat), side, side), dark, dtype=torch.int32, device=flat.device)
     for where, grey in _drawn(flat, config):
-        words[where] = table.index_select(0, _level(grey)).view(grey.shape)
+        words[where] = _lookup(grey)
     return words
+
+
+def _render_jet(flat: Tensor, config: HeatmapConfig, out: Tensor) -> None:
+    """[n,P,2] canvas pixels -> [3,n,h,w] in [0, 1]: coloured and resized, where it is not dark."""
+    side, resized = config.canvas_px, out.shape[-1]
+    for plane, level in zip(out, _jet()[0].tolist(), strict=True):
+        plane.fill_(level / 255)
+    # The filter reaches half a resized pixel further, and rounds otherwise where a picture ends: that must be in the
+    # dark. All of the canvas is resized where a resized pixel is no whole number of its pixels.
+    ratio, rest = divmod(side, resized)
+    block, margin = (side, 0) if rest else (ratio, 2)
+    for (frames, *canvas), grey in _drawn(flat, config, block, margin):
+        rows, columns = (slice(span.start * resized // side, span.stop * resized // side) for span in canvas)
+        _resize_jet(_lookup(grey), out[:, frames, rows, columns])
 
 
 @cache
@@ -255,12 +326,12 @@ def _resized(frames: Tensor, height_px: int, width_px: int) -> Tensor:
 
 def _resize_jet(words: Tensor, out: Tensor) -> None:
     """int32 [n,H,W] -> [3,n,h,w] in [0, 1]: resized across, rounded to levels, then down, and rounded, like Pillow."""
-    side_px = out.shape[-1]
+    height_px, width_px = out.shape[-2:]
     frames = words.view(torch.uint8).view(*words.shape, 4).permute(0, 3, 1, 2)
     if frames.device.type == "cpu":  # Torch resizes bytes as Pillow does, but not on a GPU.
-        small = _resized(frames, side_px, side_px).permute(0, 2, 3, 1).contiguous().view(torch.int32)[..., 0]
+        small = _resized(frames, height_px, width_px).permute(0, 2, 3, 1).contiguous().view(torch.int32)[..., 0]
         for channel, plane in enumerate(out):  # Arithmetic on words is several times as fast as picking bytes.
             torch.div(small.bitwise_right_shift(8 * channel).bitwise_and_(255), 255, out=plane)
     else:
-        wide = _resized(frames[:, :3].float(), words.shape[1], side_px).add_(0.5).floor_()
-        out.copy_(_resized(wide, side_px, side_px).add_(0.5).floor_().div_(255).movedim(1, 0))
+        wide = _resized(frames[:, :3].float(), words.shape[1], width_px).add_(0.5).floor_()
+        out.copy_(_resized(wide, height_px, width_px).add_(0.5).floor_().div_(255).movedim(1, 0))

@@ -1,8 +1,11 @@
 """python -m tests.bench: how fast, against whom, in one table.
 
+python -m tests.bench                              all that needs no files: heatmaps, clips, step
+python -m tests.bench --published PATH             the same, and a step of the authors' own code
 python -m tests.bench clips
-python -m tests.bench heatmaps
 python -m tests.bench step [--preset small] [--batch4]
+python -m tests.bench --device cuda                heatmaps and steps on a GPU
+python -m tests.bench growth [--plot FILE.png]
 python -m tests.bench faces --models testpack --model-root DIR VIDEO [VIDEO ...]
 """
 
@@ -12,7 +15,10 @@ import argparse
 import json
 import os
 import platform
+import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,78 +27,212 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from rich.console import Console
 from rich.table import Table
 
-from .rounds import Row
+from qafe import console
+from qafe.errors import ConfigError
+
+from . import recorded
+from .growth import AXES, Series
+from .growth import bench as growth
+from .growth import figure as plot
+from .published import check
+from .rounds import Found, Row
+
+WITHOUT_FILES = ("heatmaps", "clips", "step")
+ON_A_DEVICE = ("heatmaps", "step")
+ROUNDS = {"step": 3}
+"""Where it is not 5: a round of steps takes minutes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subject and prints its table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Benchmarks, as ratios in one run.")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    subjects = parser.add_subparsers(dest="subject", required=True)
-    subjects.add_parser("heatmaps", help="landmarks -> heatmap frames")
-    faces = subjects.add_parser("faces", help="raw video -> crops and landmarks")
-    faces.add_argument("videos", type=Path, nargs="+")
-    faces.add_argument("--models", default="buffalo_l")
-    faces.add_argument("--model-root", type=Path, default=Path("~/.insightface"))
-    clips = subjects.add_parser("clips", help="prepared dataset -> what the model reads")
-    clips.add_argument("--threads", type=int, default=2, help="of the training (default: %(default)s)")
-    step = subjects.add_parser("step", help="a training step, inference, peak memory")
-    step.add_argument("--preset", default="paper", choices=("paper", "small", "tiny"))
-    step.add_argument("--threads", type=int, default=1, help="of ours and the rival (default: %(default)s)")
-    step.add_argument("--batch4", action="store_true", help="also with 4 clips: 20 GB for the paper preset")
-    options = parser.parse_args(argv)
-    rows = {"faces": _faces, "clips": _clips, "heatmaps": _heatmaps, "step": _step}[options.subject](options)
-    Console(width=max(Console().width, 110)).print(_table(rows))
-    if options.json:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        content = {"machine": machine, "rows": [row.as_json() for row in rows]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    """Runs one subject, or all that need no files, and prints one table."""
+    return console.run(_run, _parser(), argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = console.parser("python -m tests.bench", "Benchmarks, as ratios in one run.")
+    # Before and after the subject alike.
+    for place, default in ((parser, None), (common := argparse.ArgumentParser(add_help=False), argparse.SUPPRESS)):
+        place.add_argument("--json", type=Path, default=default, help="also write the numbers here")
+        place.add_argument("--rounds", type=int, default=default, help="(default: 5, of steps 3)")
+        place.add_argument("--threads", type=int, default=default, help="(default: 1; the training of clips: 2)")
+        place.add_argument(
+            "--preset",
+            choices=("paper", "small", "tiny"),
+            default=default,
+            help="of steps (default: paper; growth: small)",
+        )
+        place.add_argument(
+            "--batch4", action="store_true", default=default or False, help="steps of 4 clips, too: 20 GB for paper"
+        )
+        place.add_argument(
+            "--published",
+            type=Path,
+            default=default,
+            metavar="PATH",
+            help="the authors' repository, to time their network",
+        )
+        place.add_argument("--inner", action="store_true", default=default or False, help=argparse.SUPPRESS)
+        place.add_argument("--device", default=default, help="heatmaps and steps on this device (cuda, cpu)")
+    subjects = parser.add_subparsers(dest="subject", metavar="heatmaps | clips | step | growth | faces")
+    subjects.add_parser("heatmaps", parents=[common], help="landmarks -> heatmap frames")
+    subjects.add_parser("clips", parents=[common], help="prepared dataset -> what the model reads")
+    subjects.add_parser("step", parents=[common], help="a training step, inference, peak memory")
+    sub = subjects.add_parser("growth", parents=[common], help="cost against clip length, batch, clips and workers")
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, e.g. growth.png")
+    sub = subjects.add_parser("faces", parents=[common], help="raw video -> crops and landmarks")
+    sub.add_argument("videos", type=Path, nargs="+")
+    sub.add_argument("--models", default="buffalo_l")
+    sub.add_argument("--model-root", type=Path, default=Path("~/.insightface"))
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.rounds is not None and options.rounds < 1:
+        raise ConfigError(f"--rounds must be at least 1, got {options.rounds}. Set --rounds 3.")
+    if options.published is not None:
+        check(options.published)
+    if options.device is not None and options.subject not in (None, *ON_A_DEVICE):
+        raise ConfigError(f"--device is for {' and '.join(ON_A_DEVICE)}, got {options.subject}. Leave it away.")
+    machine: dict[str, object] = {"processor": _processor(), "cores": os.cpu_count()}
+    wide = Console(width=max(Console().width, 140))
+    if options.subject == "growth":
+        series = growth(preset=options.preset or "small")
+        wide.print(_growth_table(series))
+        if options.plot:
+            plot(series, options.plot)
+        _write(options.json, {"machine": machine, "series": [one.as_json() for one in series]})
+        return 0
+    found = _each_in_own_process(options) if options.subject is None else _found(options)
+    content: dict[str, object] = {
+        "machine": machine,
+        "rows": [row.as_json() for row in found.rows],
+        "left_out": found.left_out,
+    }
+    if options.inner:
+        _write(options.json, content)
+        return 0
+    said = []
+    if not options.published and not options.device and options.subject != "faces":
+        recorded.attach(found.rows)
+        kernel_s = recorded.kernel_cpu_s()
+        content["rows"] = [row.as_json() for row in found.rows]
+        content["recorded"] = {"source": recorded.SOURCE, "scaled": False, "kernel_cpu_s_here": kernel_s}
+        said.append(recorded.sentence(kernel_s))
+    wide.print(_table(found.rows))
+    for sentence in (_rivals(found.rows, options.published), *said, *(f"left out: {why}" for why in found.left_out)):
+        wide.print(sentence, highlight=False)
+    _write(options.json, content)
     return 0
 
 
-def _faces(options: argparse.Namespace) -> list[Row]:
-    from .faces import bench
+def _found(options: argparse.Namespace) -> Found:
+    """One subject, in this process."""
+    subject, device = options.subject, options.device
+    rounds = options.rounds or ROUNDS.get(subject, 5)
+    preset, threads = options.preset or "paper", options.threads or 1
+    if subject == "heatmaps" and device:
+        from . import device as on_device
 
-    return bench(options.videos, options.models, options.model_root, options.rounds)
+        return on_device.heatmaps(device, rounds)
+    if subject == "step" and device:
+        from . import device as on_device
+
+        return on_device.step(device, preset, rounds, threads, published=options.published)
+    if subject == "heatmaps":
+        from . import heatmaps
+
+        return Found(heatmaps.bench(rounds))
+    if subject == "clips":
+        from . import clips
+
+        return Found(clips.bench(rounds, options.threads or 2))
+    if subject == "step":
+        from . import step
+
+        return step.bench(preset, rounds, threads, options.batch4, options.published)
+    from . import faces
+
+    return Found(faces.bench(options.videos, options.models, options.model_root, rounds))
 
 
-def _clips(options: argparse.Namespace) -> list[Row]:
-    from .clips import bench
+def _each_in_own_process(options: argparse.Namespace) -> Found:
+    """All subjects that need no files: each sets threads and an allocator, which must not disturb the next."""
+    found = Found([])
+    if options.device:
+        found.left_out.append("clips: they are read on the CPU; run without --device")
+    for subject in ON_A_DEVICE if options.device else WITHOUT_FILES:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "found.json"
+            command = [sys.executable, "-m", "tests.bench", subject, "--json", str(file), "--inner"]
+            for name in ("rounds", "threads", "preset", "device"):
+                value = getattr(options, name)
+                command += [] if value is None else [f"--{name}", str(value)]
+            command += ["--batch4"] if options.batch4 else []
+            command += ["--published", str(options.published.resolve())] if options.published else []
+            print(f"{subject} ...", file=sys.stderr, flush=True)
+            done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=sys.stderr)
+            if done.returncode:  # It has said why.
+                raise SystemExit(done.returncode)
+            content = json.loads(file.read_text())
+        found.rows += [Row.from_json(row) for row in content["rows"]]
+        found.left_out += content["left_out"]
+    return found
 
-    return bench(options.rounds, options.threads)
+
+def _write(file: Path | None, content: dict[str, object]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _heatmaps(options: argparse.Namespace) -> list[Row]:
-    from .heatmaps import bench
-
-    return bench(options.rounds)
-
-
-def _step(options: argparse.Namespace) -> list[Row]:
-    from .step import bench
-
-    return bench(options.preset, options.rounds, options.threads, [1, 4] if options.batch4 else [1])
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
-def _shown(value: float, quantity: str) -> str:
-    return f"{1e3 * value:.1f} ms" if quantity == "s" else f"{value:.2f} {quantity}"
+def _shown(value: float | None, quantity: str) -> str:
+    if value is None:
+        return ""
+    if quantity != "s":
+        return f"{value:.2f} {quantity}"
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table("what", "per", "ours", "rival", "ratio", "spread", "notes")
+    names = ("what", "per", "ours", "published", "ratio", "spread", "recorded", "notes")
+    table = Table(*names)
     for row in rows:
-        shown = row.as_json()
-        low, high = min(row.ratios), max(row.ratios)
+        ratios = row.ratios
+        rival = _shown(statistics.median(row.rival), row.quantity) if row.rival else ""
         table.add_row(
             row.what,
             row.unit,
-            _shown(float(str(shown[f"ours_{row.quantity}"])), row.quantity),
-            _shown(float(str(shown[f"rival_{row.quantity}"])), row.quantity),
-            f"{float(str(shown['ratio'])):.1f}x",
-            f"{low:.1f}-{high:.1f}x",
+            _shown(statistics.median(row.ours), row.quantity),
+            f"{rival} ({row.rival_name})" if row.rival_name in ("wall", "recorded") else rival,
+            f"{statistics.median(ratios):.1f}x" if ratios else "",
+            f"{min(ratios):.1f}-{max(ratios):.1f}x" if ratios else "",
+            _shown(row.recorded, row.quantity),
             "\n".join(row.notes),
         )
+    return table
+
+
+def _rivals(rows: list[Row], published: Path | None) -> str:
+    """Who stands in the column ``published``."""
+    text = "published: the published computation, rewritten here, timed in turns with ours in this run"
+    if published and any(row.rival_name == "authors' code" for row in rows):
+        text += f"; of steps and inference the authors' own code at {published}"
+    return f"{text}. ratio: published / ours, the median of the rounds."
+
+
+def _growth_table(series: list[Series]) -> Table:
+    table = Table("what", "against", "per", "seconds (CPU; workers: wall)", "growth")
+    for one in series:
+        seconds = ", ".join(f"{at}: {_shown(value, 's')}" for at, value in zip(one.at, one.seconds, strict=True))
+        slope = f"{1e3 * one.slope:+.0f} ms a worker" if one.axis == "workers" else f"n^{one.slope:.2f}"
+        table.add_row(one.what, AXES[one.axis], one.unit, seconds, slope)
     return table
 
 

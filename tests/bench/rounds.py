@@ -6,7 +6,8 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -18,29 +19,48 @@ class Row:
     """What the seconds are for, e.g. ``frame``."""
     ours: list[float]
     rival: list[float]
+    """Empty where there is none."""
     rival_name: str = "published"
     notes: list[str] = field(default_factory=list)
     quantity: str = "s"
     """What ``ours`` and ``rival`` are in: ``s`` or ``GB``; less is better in both."""
+    recorded: float | None = None
+    """What the authors' own code took elsewhere; see `tests.bench.recorded`."""
 
     @property
     def ratios(self) -> list[float]:
         """How many times faster ours was in each round."""
-        return [theirs / mine for mine, theirs in zip(self.ours, self.rival, strict=True)]
+        return [theirs / mine for mine, theirs in zip(self.ours, self.rival, strict=bool(self.rival))]
 
     def as_json(self) -> dict[str, object]:
-        """Seconds, ratio and spread, as plain values."""
+        """Medians, ratio and spread, as plain values, and under ``each`` all that `from_json` needs."""
+        ratios = self.ratios
         return {
             "what": self.what,
             "unit": self.unit,
             f"ours_{self.quantity}": statistics.median(self.ours),
-            "rival": self.rival_name,
-            f"rival_{self.quantity}": statistics.median(self.rival),
-            "ratio": statistics.median(self.ratios),
-            "ratio_range": [min(self.ratios), max(self.ratios)],
+            "rival": self.rival_name if self.rival else None,
+            f"rival_{self.quantity}": statistics.median(self.rival) if self.rival else None,
+            "ratio": statistics.median(ratios) if ratios else None,
+            "ratio_range": [min(ratios), max(ratios)] if ratios else None,
+            f"recorded_{self.quantity}": self.recorded,
             "rounds": len(self.ours),
             "notes": self.notes,
+            "each": asdict(self),
         }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Row:
+        """The row that `as_json` made this from."""
+        return cls(**content["each"])
+
+
+@dataclass
+class Found:
+    """What a subject found, and in a sentence each what it left out and why."""
+
+    rows: list[Row]
+    left_out: list[str] = field(default_factory=list)
 
 
 def compare(
