@@ -29,7 +29,7 @@ from tracking.runs import SPOOL_FILE, SweepTracker, TrialState
 from . import checkpoints, page, report
 from .callbacks import KeepCheckpoints, StopWhenAsked, TellPeople, TrackTrials, WaitForRoom, say
 from .control import Control
-from .plan import REPORT_FOLDER, Plan, clip_counts, source_tags, sweep_params
+from .plan import REPORT_FOLDER, STUDY_FOLDER, Plan, clip_counts, source_tags, study_tags, sweep_params
 from .searcher import OBJECTIVE, StudyScheduler, StudySearcher
 from .study import give_up, link_runs, own_trials, running_trials
 from .sweep import Sweep
@@ -90,9 +90,11 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
         sweep=plan.name,
         sweep_id=plan.id,
         params=sweep_params(plan),
-        tags=source_tags(),
+        tags=source_tags() | study_tags(plan),
         dataset=(cohort.manifest.name, cohort.manifest.digest),
     )
+    if (Path(plan.folder) / STUDY_FOLDER).is_dir():
+        tracker.sweep_files(Path(plan.folder) / STUDY_FOLDER, {})
     state: TrialState = "failed"
     try:
         yield tracker

@@ -41,7 +41,7 @@ REASON = "reason"
 WARM_START = "warm_start"
 """``sweep#number`` of the earlier sweep's trial that this one repeats; it was not run here."""
 
-Sampler = Literal["tpe", "gp", "cmaes", "random", "qmc"]
+Sampler = Literal["tpe", "gp", "cmaes", "random", "qmc", "grid"]
 Scheduler = Literal["asha", "hyperband", "median", "none"]
 Objective = Literal["spearman", "params", "seconds", "mae"]
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
@@ -52,15 +52,20 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
 }
 """What can be searched for. ``params``: of the model; ``seconds``: of an epoch; ``spearman`` and ``mae``: of the best
 epoch, validation, mean over the expressions."""
+GRID: Sampler = "grid"
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed),
-    "gp": lambda seed: GPSampler(seed=seed),
+    "gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
     "cmaes": lambda seed: CmaEsSampler(seed=seed, warn_independent_sampling=False),
     "random": lambda seed: RandomSampler(seed=seed),
     "qmc": lambda seed: QMCSampler(
         seed=seed, scramble=True, warn_asynchronous_seeding=False, warn_independent_sampling=False
     ),
+    GRID: lambda seed: RandomSampler(seed=seed),
 }
+"""``grid`` is for studies that have all of their points from the start: it is never asked for one."""
+LEARNERS: tuple[Sampler, ...] = ("tpe", "gp")
+"""The samplers that learn from trials that they did not choose."""
 PRUNERS: dict[str, Callable[[int, int], BasePruner]] = {
     "asha": lambda grace, _: SuccessiveHalvingPruner(
         min_resource=grace, reduction_factor=REDUCTION_FACTOR, min_early_stopping_rate=0
@@ -68,7 +73,9 @@ PRUNERS: dict[str, Callable[[int, int], BasePruner]] = {
     "hyperband": lambda grace, epochs: HyperbandPruner(
         min_resource=grace, max_resource=epochs, reduction_factor=REDUCTION_FACTOR
     ),
-    "median": lambda grace, _: MedianPruner(n_startup_trials=MEDIAN_STARTUP_TRIALS, n_warmup_steps=grace),
+    "median": lambda grace, _: MedianPruner(
+        n_startup_trials=MEDIAN_STARTUP_TRIALS, n_warmup_steps=grace, n_min_trials=MEDIAN_STARTUP_TRIALS
+    ),
     "none": lambda *_: NopPruner(),
 }
 """From the epochs that every trial gets, and those that a whole trial has. The rungs lie in the study itself."""
@@ -98,10 +105,28 @@ def open_study(plan: Plan) -> optuna.Study:
                 f"the study's storage must answer, got {type(err).__name__} (--study-storage). Start the database, "
                 "or leave it out for a file in the sweep's folder."
             ) from err
+        if study.metric_names is None:
+            study.set_metric_names(list(plan.objectives))
         study.sampler = make_sampler(plan.sampler, plan.seed, len(study.get_trials(deepcopy=False)))
         epochs = configs.from_json(plan.config_json).train.epochs
         study.pruner = PRUNERS[plan.scheduler](min(plan.grace_epochs, epochs), epochs)
     return study
+
+
+def read_study(plan: Plan) -> optuna.Study | None:
+    """Another sweep's study as it is now, or None if it has none yet.
+
+    Raises:
+        ConfigError: its storage does not answer.
+    """
+    if not plan.study_storage and not (Path(plan.folder) / JOURNAL_FILE).is_file():
+        return None
+    try:
+        return optuna.load_study(storage=_storage(plan), study_name=plan.name)
+    except KeyError:
+        return None
+    except Exception as err:  # SQLAlchemy and the database's driver raise almost anything
+        raise ConfigError(f"the study of {plan.name} must be readable, got {type(err).__name__} from it.") from err
 
 
 def _storage(plan: Plan) -> BaseStorage:
@@ -134,7 +159,13 @@ def give_up(study: optuna.Study, reason: str) -> None:
     """Tells running trials as pruned, or as failed where they gave nothing that the sampler could learn from."""
     for frozen in own_trials(study, (TrialState.RUNNING,)):
         optuna.Trial(study, frozen._trial_id).set_user_attr(REASON, reason)
-        study.tell(frozen.number, state=TrialState.PRUNED if frozen.intermediate_values else TrialState.FAIL)
+        study.tell(frozen.number, state=stopped_state(study) if frozen.intermediate_values else TrialState.FAIL)
+
+
+def stopped_state(study: optuna.Study) -> TrialState:
+    """What the study is told of a trial that was stopped early: with several objectives Optuna has no pruned trials,
+    and TPE fails on the first that it meets."""
+    return TrialState.PRUNED if len(study.directions) == 1 else TrialState.FAIL
 
 
 def link_runs(study: optuna.Study, runs: Mapping[int, str]) -> None:
