@@ -383,6 +383,8 @@ def sweep_params(plan: Plan) -> dict[str, Any]:
     shown = ("study", "seed", "sampler", "scheduler", "cpus_per_trial", "gpus_per_trial", "data_digest")
     params = {name: getattr(plan, name) for name in shown}
     params |= {name: ",".join(getattr(plan, name)) for name in ("expressions", "objectives")}
+    if plan.warm_start:
+        params["warm_start"] = ",".join(Path(folder).name for folder in plan.warm_start)
     return params | configs.flatten(without_paths(configs.from_json(plan.config_json)))
 
 

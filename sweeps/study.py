@@ -90,7 +90,7 @@ def open_study(plan: Plan) -> optuna.Study:
         ConfigError: its storage does not answer, or its driver is not installed.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True: needed for branches
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # names of objectives, Hyperband
         try:
             study = optuna.create_study(
                 storage=_storage(plan),
@@ -141,7 +141,9 @@ def make_sampler(name: str, seed: int, asked: int = 0) -> BaseSampler:
     A quasi-random sequence keeps its place in the study, so it keeps its seed.
     """
     mixed = int(np.random.SeedSequence((seed, asked)).generate_state(1)[0])
-    return SAMPLERS[name](seed if name == "qmc" else mixed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True: needed for branches
+        return SAMPLERS[name](seed if name == "qmc" else mixed)
 
 
 def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
