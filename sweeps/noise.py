@@ -88,7 +88,8 @@ def noise(scores: Sequence[tuple[int, float]]) -> Noise | None:
     if split_variance == 0:
         parts = [(seed_ms, within)]
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance > 0 else 1.0
-    found["other_split"] = float(stats.t.ppf(1 - tail, freedom) * (2 * variance) ** 0.5)
+    # The estimate may have more degrees of freedom than the seed's own, but not less spread.
+    found["other_split"] = max(found["same_split"], float(stats.t.ppf(1 - tail, freedom) * (2 * variance) ** 0.5))
     return Noise(**found)
 
 

@@ -105,11 +105,8 @@ def _pareto_figure(trials: Sequence[TrialSummary], other: str) -> Any:
     figure = go.Figure(layout={"xaxis_title": other, "yaxis_title": OBJECTIVE})
     for name, pareto in (("in the Pareto set", True), ("others", False)):
         rows = [row for row in trials if other in row.values and row.pareto is pareto]
-        x, y, text = (
-            zip(*((row.values[other], row.objective, str(row.number)) for row in rows), strict=True)
-            if rows
-            else ((), (), ())
-        )
+        x, y = [row.values[other] for row in rows], [row.objective for row in rows]
+        text = [str(row.number) for row in rows]
         figure.add_trace(go.Scatter(x=x, y=y, text=text, mode="markers+text", textposition="top center", name=name))
     return figure
 

@@ -7,7 +7,6 @@ epoch that was looked at), and its Spearman on test patients that took no part i
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +30,11 @@ from . import checkpoints
 from .noise import NOISE_SETTINGS, SPLIT, Noise, noise
 from .plan import Plan, clip_counts
 from .searcher import DIVERGED, OBJECTIVE
-from .study import BASELINE, FAILURE, own_trials
+from .study import BASELINE, FAILURE, own_trials, pareto_set, study_of_own
 from .sweep import trial_device
 from .trial import CONFIG_FILE
 
 MINIMUM_FOR_IMPORTANCES = 4
-NUMBER = "number"
-"""A trial's own number, where it has been copied."""
 STATES = {
     TrialState.COMPLETE: "finished",
     TrialState.PRUNED: "pruned",
@@ -87,10 +84,7 @@ def summarise(study: optuna.Study, folder: Path, runs: Mapping[int, str]) -> lis
         runs: MLflow run id by the trial's number.
     """
     rows = []
-    several = len(study.directions) > 1
-    own = study_of_own(study)
-    # Trials of earlier sweeps may be better, but are not this sweep's to show.
-    pareto = {trial.user_attrs[NUMBER] for trial in own.best_trials} if several else set()
+    several, pareto = len(study.directions) > 1, pareto_set(study)
     for trial in own_trials(study):
         values = trial.intermediate_values
         objective = trial.values[0] if trial.state == TrialState.COMPLETE else max(values.values(), default=None)
@@ -116,17 +110,6 @@ def _state(trial: FrozenTrial) -> str:
     if trial.state == TrialState.FAIL and trial.user_attrs.get(FAILURE, DIVERGED) == DIVERGED:
         return "pruned"  # the study heard of a failure because it could not take it as pruned
     return STATES[trial.state]
-
-
-def study_of_own(study: optuna.Study) -> optuna.Study:
-    """A study in memory with the trials that the sweep itself ran, each with its `NUMBER`."""
-    own = optuna.create_study(directions=study.directions)
-    for trial in own_trials(study):
-        if trial.state.is_finished():
-            copied = copy.deepcopy(trial)
-            copied.set_user_attr(NUMBER, trial.number)
-            own.add_trial(copied)
-    return own
 
 
 def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary | None:

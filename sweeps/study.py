@@ -6,6 +6,7 @@ which were running, and what each rung of early stopping has seen; Ray only runs
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ ATTEMPTS = "attempts"
 FAILURE = "failure"
 """The class of what ended a trial that did not finish, e.g. ``diverged``; see `sweeps.trial`."""
 REASON = "reason"
+NUMBER = "number"
+"""A trial's own number, where it has been copied."""
 WARM_START = "warm_start"
 """``sweep#number`` of the earlier sweep's trial that this one repeats; it was not run here."""
 
@@ -150,6 +153,25 @@ def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) 
     """The trials that this sweep has begun: not those of earlier sweeps, nor one that only waits."""
     found = study.get_trials(deepcopy=False, states=tuple(states) if states is not None else None)
     return [trial for trial in found if trial.state != TrialState.WAITING and WARM_START not in trial.user_attrs]
+
+
+def study_of_own(study: optuna.Study) -> optuna.Study:
+    """A study in memory with the ended trials that the sweep itself ran, each with its `NUMBER`."""
+    own = optuna.create_study(directions=study.directions)
+    for trial in own_trials(study):
+        if trial.state.is_finished():
+            copied = copy.deepcopy(trial)
+            copied.set_user_attr(NUMBER, trial.number)
+            own.add_trial(copied)
+    return own
+
+
+def pareto_set(study: optuna.Study) -> frozenset[int]:
+    """Numbers of the sweep's own trials that no other is as good as in all objectives and better than in one; none
+    with a single objective. Trials of earlier sweeps may be better, but are not this sweep's to show."""
+    if len(study.directions) == 1:
+        return frozenset()
+    return frozenset(trial.user_attrs[NUMBER] for trial in study_of_own(study).best_trials)
 
 
 def running_trials(study: optuna.Study) -> list[int]:

@@ -12,6 +12,7 @@ from qafe.history import Epoch, ExpressionHistory, write_history
 from sweeps import page, report
 from sweeps.checkpoints import SEAL_FILE, trial_name
 from sweeps.searcher import OBJECTIVE
+from sweeps.study import study_of_own
 
 SPACE = {"x": FloatDistribution(0, 1), "kind": CategoricalDistribution(["a", "b"])}
 
@@ -193,4 +194,4 @@ def test_trials_of_earlier_sweeps_are_not_in_the_report(tmp_path: Path) -> None:
         create_trial(value=0.9, params={"x": 0.9, "kind": "a"}, distributions=SPACE, user_attrs={"warm_start": "s-0#1"})
     )
     assert [row.number for row in report.summarise(study, tmp_path, {})] == [3, 2, 1, 0]
-    assert {trial.value for trial in report.study_of_own(study).trials} == {0.0, 0.05, 0.1, 0.15}
+    assert {trial.value for trial in study_of_own(study).trials} == {0.0, 0.05, 0.1, 0.15}
