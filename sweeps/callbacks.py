@@ -23,7 +23,7 @@ from .control import Control
 from .plan import Plan
 from .progress import PACE, Pace, Progress, duration, progress_of
 from .searcher import DIVERGED, FAILED_AS, FINISHED, OBJECTIVE, Pause, StudySearcher
-from .study import BY_HAND, REASON, own_trials
+from .study import BY_HAND, REASON, own_trials, pareto_set
 from .trial import DATA, ROOM_POLL_S, TRACEBACK, has_room
 
 TRACKED = ("spearman", "pearson", "mae", "train_loss", "lr", "epoch_s", "clips_per_s", "peak_memory_mb", OBJECTIVE)
@@ -130,11 +130,17 @@ class KeepCheckpoints(Callback):
         self.tidy()
 
     def tidy(self) -> None:
-        """Thins the ended trials whose files the tracker has sent; finished ones come before pruned ones."""
+        """Thins the ended trials whose files the tracker has sent; finished ones come before pruned ones, and those of
+        the Pareto set before all."""
+        pareto = pareto_set(self.study)
         ended = own_trials(self.study, (StudyState.COMPLETE, StudyState.PRUNED, StudyState.FAIL))
         best = sorted(
             ended,
-            key=lambda t: (t.state == StudyState.COMPLETE, max(t.intermediate_values.values(), default=-2.0)),
+            key=lambda t: (
+                t.number in pareto,
+                t.state == StudyState.COMPLETE,
+                max(t.intermediate_values.values(), default=-2.0),
+            ),
             reverse=True,
         )
         sent = self.tracker.ended_trials()

@@ -33,7 +33,7 @@ from .control import Control
 from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
 from .live import LiveView
 from .notify import Outcome, notified
-from .plan import Plan, clip_counts, source_tags, sweep_params
+from .plan import STUDY_FOLDER, Plan, clip_counts, source_tags, study_tags, sweep_params
 from .searcher import OBJECTIVE, Pause, StudyScheduler, StudySearcher
 from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
 from .sweep import Sweep
@@ -112,9 +112,11 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
         sweep=plan.name,
         sweep_id=plan.id,
         params=sweep_params(plan),
-        tags=source_tags(),
+        tags=source_tags() | study_tags(plan),
         dataset=(cohort.manifest.name, cohort.manifest.digest),
     )
+    if (Path(plan.folder) / STUDY_FOLDER).is_dir():
+        tracker.sweep_files(Path(plan.folder) / STUDY_FOLDER, {})
     state: TrialState = "failed"
     try:
         yield tracker

@@ -7,7 +7,7 @@ import html
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from . import noise
 from .progress import changed_settings
 from .report import TrialSummary
 from .searcher import OBJECTIVE
@@ -38,13 +39,21 @@ def write_report(
 
 def _table(trials: Sequence[TrialSummary]) -> list[list[Any]]:
     names = list(dict.fromkeys(name for row in trials for name in row.settings))
-    table: list[list[Any]] = [["trial", "state", OBJECTIVE, "epochs", "baseline", *names]]
+    others = _other_objectives(row.values for row in trials)
+    extra = [*others, "pareto"] if others else []
+    table: list[list[Any]] = [["trial", "state", OBJECTIVE, *extra, "epochs", "baseline", *names]]
     for row in trials:
         objective = "" if row.objective is None else f"{row.objective:.4f}"
         cells = [row.settings.get(name, "") for name in names]
         rounded = [f"{cell:.4g}" if isinstance(cell, float) else cell for cell in cells]
-        table.append([row.number, row.state, objective, row.epochs, row.baseline, *rounded])
+        more = [*(f"{row.values[name]:.6g}" if name in row.values else "" for name in others), row.pareto]
+        table.append([row.number, row.state, objective, *(more if others else ()), row.epochs, row.baseline, *rounded])
     return table
+
+
+def _other_objectives(values: Iterable[Mapping[str, float]]) -> list[str]:
+    """The objectives of a sweep beside the first; none if it has only one."""
+    return list(dict.fromkeys(name for row in values for name in row))[1:]
 
 
 def _write_page(
@@ -52,6 +61,8 @@ def _write_page(
 ) -> None:
     """One page for people, with everything inside it: verdict, plots, table."""
     plots = {"Trials": _history_figure(trials)}
+    for other in _other_objectives(row.values for row in trials):
+        plots[f"Pareto set: {OBJECTIVE} and {other}"] = _pareto_figure(trials, other)
     if importances:
         bars = go.Bar(x=list(importances.values())[::-1], y=list(importances)[::-1], orientation="h")
         plots["Importance of each setting (PED-ANOVA)"] = go.Figure(bars, layout={"margin": {"l": 220, "t": 20}})
@@ -88,6 +99,16 @@ def _history_figure(trials: Sequence[TrialSummary]) -> Any:
     finished = [row for row in ordered if row.state == "finished"]
     best = list(itertools.accumulate((row.objective or 0.0 for row in finished), max))
     figure.add_trace(go.Scatter(x=[row.number for row in finished], y=best, mode="lines", name="best so far"))
+    return figure
+
+
+def _pareto_figure(trials: Sequence[TrialSummary], other: str) -> Any:
+    figure = go.Figure(layout={"xaxis_title": other, "yaxis_title": OBJECTIVE})
+    for name, pareto in (("in the Pareto set", True), ("others", False)):
+        rows = [row for row in trials if other in row.values and row.pareto is pareto]
+        x, y = [row.values[other] for row in rows], [row.objective for row in rows]
+        text = [str(row.number) for row in rows]
+        figure.add_trace(go.Scatter(x=x, y=y, text=text, mode="markers+text", textposition="top center", name=name))
     return figure
 
 
@@ -129,15 +150,22 @@ def _axis(values: Sequence[Any]) -> dict[str, Any]:
 def print_table(summary: Mapping[str, Any], shown: int = 10) -> None:
     """The best trials, and what to think of them, on stdout."""
     table = Table(title=f"best trials of {summary['sweep']} ({', '.join(summary['expressions'])})", box=box.SIMPLE)
-    for name in ("trial", "state", "validation Spearman", "epochs", "settings that differ from the baseline"):
-        table.add_column(name, justify="right" if name in ("trial", "validation Spearman", "epochs") else "left")
+    others = _other_objectives(row["values"] for row in summary["trials"])
+    numbers = ("trial", "validation Spearman", *others, "epochs")
+    columns = ("trial", "state", "validation Spearman", *others, *(["Pareto"] if others else []), "epochs")
+    for name in (*columns, "settings that differ from the baseline"):
+        table.add_column(name, justify="right" if name in numbers else "left")
     baseline: dict[str, Any] = next((row["settings"] for row in summary["trials"] if row["baseline"]), {})
-    for row in summary["trials"][:shown]:
+    # The whole Pareto set is shown: its members are worth the same.
+    ordered = sorted(summary["trials"], key=lambda row: not row["pareto"]) if others else summary["trials"]
+    for row in ordered[: max(shown, sum(row["pareto"] for row in ordered) if others else 0)]:
         objective = row[OBJECTIVE]
         table.add_row(
             str(row["trial"]),
             row["state"],
             "-" if objective is None else f"{objective:.3f}",
+            *(f"{row['values'][name]:.4g}" if name in row["values"] else "-" for name in others),
+            *(["*" if row["pareto"] else ""] if others else []),
             str(row["epochs"]),
             "the baseline" if row["baseline"] else changed_settings(row["settings"], baseline),
         )
@@ -163,6 +191,19 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
             f"{band['expected_max']:.3f} on average, {band['threshold']:.3f} in 1 sweep of 20 "
             f"(p = {band['p_value']:.4f}): "
             + ("the best is beyond that" if beyond else "the best is NOT beyond that; do not trust it")
+        )
+    elif summary["splits"] > 1:
+        lines.append(
+            "Luck:             not said: the trials were measured on different patients. The best one may only have "
+            "the easiest of them; it is no better configuration"
+        )
+    if summary["noise"]:
+        lines += noise.sentences(summary["noise"])
+    pareto = sorted(row["trial"] for row in summary["trials"] if row["pareto"])
+    if pareto:
+        lines.append(
+            f"Pareto set:       {', '.join(map(str, pareto))}: no other trial is as good in all of "
+            f"{', '.join(summary['objectives'])} and better in one"
         )
     if best["test_spearman"] is None:
         lines.append("Test:             no test clips; the validation figure is optimistic")

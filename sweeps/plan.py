@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -16,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 
 from qafe import config as configs
@@ -31,10 +35,13 @@ from tracking.pseudonyms import load_key
 from tracking.runs import sweep_exists
 
 from .folder import PLAN_FILE
-from .study import DIRECTIONS, Objective, Sampler, Scheduler, make_sampler
+from .study import DIRECTIONS, GRID, LEARNERS, Objective, Sampler, Scheduler, make_sampler, read_study
 from .sweep import Sweep, trial_device
 
 KEPT_CHECKPOINTS = 5
+STUDY_FOLDER = "study"
+STUDY_FILE = "study.py"
+"""The user's own study as it was when the sweep began, in the sweep's folder and among the parent run's artifacts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,7 @@ class Plan:
         objectives: what the study is told of a finished trial; early stopping needs a single one.
         study_storage: URL of the database that holds the study; empty for a file in the sweep's folder.
         keep_checkpoints: how many ended trials keep their best weights on disk.
+        warm_start: folders of the earlier sweeps whose trials the study is given; see `sweeps.warm_start`.
     """
 
     id: str
@@ -75,10 +83,13 @@ class Plan:
     objectives: tuple[Objective, ...] = ("spearman",)
     study_storage: str = ""
     keep_checkpoints: int = KEPT_CHECKPOINTS
+    warm_start: tuple[str, ...] = ()
 
-    def make_folder(self) -> None:
+    def make_folder(self, source: str = "") -> None:
         """Makes the sweep's folder with the plan in it.
 
+        Args:
+            source: text of the user's file that the study came from.
         Raises:
             ConfigError: another sweep has taken the folder meanwhile.
         """
@@ -86,6 +97,9 @@ class Plan:
             Path(self.folder).mkdir()
         except FileExistsError as err:
             raise _taken(self.name, str(Path(self.folder).parent)) from err
+        if source:
+            (Path(self.folder) / STUDY_FOLDER).mkdir()
+            (Path(self.folder) / STUDY_FOLDER / STUDY_FILE).write_text(source)
         self.save()
 
     def save(self) -> None:
@@ -105,7 +119,8 @@ class Plan:
         """
         try:
             tree = json.loads((folder / PLAN_FILE).read_text())
-            return cls(**tree | {name: tuple(tree[name]) for name in ("expressions", "pinned", "objectives")})
+            lists = ("expressions", "pinned", "objectives", "warm_start")
+            return cls(**tree | {name: tuple(tree[name]) for name in lists if name in tree})
         except (OSError, ValueError, TypeError, KeyError) as err:
             raise ConfigError(
                 f"only a sweep that was started can be resumed, there is no plan in {folder} ({type(err).__name__}). "
@@ -135,19 +150,25 @@ def make_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
         raise ConfigError(f"a sweep's name is made of letters, digits, '.', '_' and '-', got {name!r} (--name).")
     if (storage / name / PLAN_FILE).exists():
         raise _taken(name, str(storage))
-    objectives, scheduler = _objectives(options)
-    make_sampler(options.sampler, options.seed)
+    objectives, scheduler = _objectives(options, sweep)
+    sampler = _sampler(options, sweep, objectives)
+    make_sampler(sampler, options.seed)
+    warm_start = find_sweeps(options.warm_start, storage)
     settings = configs.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
     config = _with_whole_paths(configs.override(PRESETS[preset](), settings))
     data_root = (options.data_root or sample_root()).resolve()
     cohort = load_cohort(data_root, config.data)
-    expressions = choose_expressions(cohort.manifest, options.expression)
+    expressions = choose_expressions(cohort.manifest, options.expression or sweep.expressions)
     pinned = sweep.names(config) & (frozenset(settings) | _without_landmarks(cohort, expressions))
-    sweep.baseline(config, pinned)
+    sweep.check(config, pinned)
+    trials = planned_trials(sweep, options.trials, config, pinned)
     amp_dtype(config.train, trial_device(gpus_per_trial))
-    for expression in expressions:  # checks all that it needs, and is not asked for an epoch
-        part = cohort.only(expression)
-        fit(config, part.store, part.train, part.validation, device=torch.device("cpu"))
+    splits = {configs.override(config, point).data.split_seed for point in sweep.points(config, pinned)}
+    for split, expression in itertools.product(sorted(splits), expressions):
+        settings_of = configs.override(config, {"data.split_seed": split})
+        part = load_cohort(data_root, settings_of.data).only(expression)
+        # Checks all that it needs, and is not asked for an epoch.
+        fit(settings_of, part.store, part.train, part.validation, device=torch.device("cpu"))
     uri = resolve_uri(options.tracking_uri)
     client = connect(uri)
     load_key()  # a damaged key is found now, not after the first trial
@@ -174,16 +195,84 @@ def make_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
         tracking_uri=uri,
         grace_epochs=sweep.grace_epochs,
         scheduler=scheduler,
-        sampler=options.sampler,
+        sampler=sampler,
         objectives=objectives,
         study_storage=options.study_storage or "",
         keep_checkpoints=options.keep_checkpoints,
+        warm_start=warm_start,
     )
-    plan.make_folder()
+    plan.make_folder(sweep.source)
     return plan
 
 
-def _objectives(options: argparse.Namespace) -> tuple[tuple[Objective, ...], Scheduler]:
+def planned_trials(sweep: Sweep, wanted: int | None, base: Config, pinned: frozenset[str]) -> int:
+    """How many trials a sweep has; a grid has all of its points, or the first of them.
+
+    Raises:
+        ConfigError: a grid has fewer points.
+    """
+    if not sweep.is_grid:
+        return sweep.trials if wanted is None else wanted
+    points = len(sweep.points(base, pinned))
+    if wanted is not None and wanted > points:
+        raise ConfigError(
+            f"{sweep.name} is a grid of {points} points, each is run once, got {wanted} trials. Name at most {points}."
+        )
+    return points if wanted is None else wanted
+
+
+def find_sweeps(names: str | None, storage: Path) -> tuple[str, ...]:
+    """The folders of the sweeps that ``--warm-start`` names: by name in the storage, or by path.
+
+    Raises:
+        ConfigError: one of them is not there, or cannot be read.
+    """
+    folders = []
+    for name in (part.strip() for part in (names or "").split(",")):
+        if not name:
+            continue
+        folder = next((path for path in (storage / name, Path(name)) if (path / PLAN_FILE).is_file()), None)
+        if folder is None:
+            there = sorted(path.parent.name for path in storage.glob(f"*/{PLAN_FILE}")) if storage.is_dir() else []
+            near = difflib.get_close_matches(name, there, n=1, cutoff=0.3)
+            hint = f"Did you mean {near[0]}?" if near else "Name a sweep's folder, or its --storage."
+            raise ConfigError(f"--warm-start needs an earlier sweep, there is no {name} in {storage}. {hint}")
+        read_earlier(folder)
+        folders.append(str(folder.resolve()))
+    return tuple(dict.fromkeys(folders))
+
+
+def read_earlier(folder: Path) -> tuple[Plan, optuna.Study | None]:
+    """An earlier sweep's plan and its study, wherever its folder lies now; None if it has not begun.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    plan = dataclasses.replace(Plan.load(folder), folder=str(folder))
+    return plan, read_study(Path(plan.folder), plan.name, plan.study_storage)
+
+
+def _sampler(options: argparse.Namespace, sweep: Sweep, objectives: tuple[Objective, ...]) -> Sampler:
+    """Who chooses the settings, where that can be."""
+    sampler: Sampler = options.sampler or (GRID if sweep.is_grid else "tpe")
+    if sweep.is_grid != (sampler == GRID):
+        what = f"runs all points of a grid, got --sampler {sampler}. Leave it out."
+        if not sweep.is_grid:
+            what = f"is a space that is searched, got --sampler {sampler}, which is for grids. Use --sampler tpe."
+        raise ConfigError(f"{sweep.name} {what}")
+    if sampler == "cmaes" and len(objectives) > 1:
+        raise ConfigError(
+            f"cmaes searches for one objective, got --objectives {options.objectives}. Use --sampler tpe or gp."
+        )
+    if options.warm_start and sampler not in LEARNERS:
+        raise ConfigError(
+            f"--warm-start needs a sampler that learns from trials that it did not choose ({', '.join(LEARNERS)}), "
+            f"{sampler} does not. Use --sampler tpe, or leave --warm-start out."
+        )
+    return sampler
+
+
+def _objectives(options: argparse.Namespace, sweep: Sweep) -> tuple[tuple[Objective, ...], Scheduler]:
     """What is searched for, and how trials are stopped early, where that can be."""
     names = [name.strip() for name in options.objectives.split(",")]
     unknown = [name for name in names if name not in DIRECTIONS]
@@ -192,7 +281,11 @@ def _objectives(options: argparse.Namespace) -> tuple[tuple[Objective, ...], Sch
             f"objectives begin with spearman and name each of {', '.join(DIRECTIONS)} at most once, got "
             f"{options.objectives} (--objectives). Correct it."
         )
-    scheduler = options.scheduler or ("asha" if len(names) == 1 else "none")
+    scheduler = options.scheduler or ("asha" if len(names) == 1 and not sweep.is_grid else "none")
+    if sweep.is_grid and scheduler != "none":
+        raise ConfigError(
+            f"{sweep.name} runs every point of its grid to the end, got --scheduler {scheduler}. Leave it out."
+        )
     if len(names) > 1 and scheduler != "none":
         raise ConfigError(
             f"several objectives cannot be compared half-way, got --scheduler {scheduler} with --objectives "
@@ -289,6 +382,8 @@ def sweep_params(plan: Plan) -> dict[str, Any]:
     shown = ("study", "seed", "sampler", "scheduler", "cpus_per_trial", "gpus_per_trial", "data_digest")
     params = {name: getattr(plan, name) for name in shown}
     params |= {name: ",".join(getattr(plan, name)) for name in ("expressions", "objectives")}
+    if plan.warm_start:
+        params["warm_start"] = ",".join(Path(folder).name for folder in plan.warm_start)
     return params | configs.flatten(without_paths(configs.from_json(plan.config_json)))
 
 
@@ -297,6 +392,14 @@ def source_tags() -> dict[str, str]:
     tags = {f"version.{name}": version(name) for name in ("qafe-net", "torch", "ray", "optuna", "mlflow")}
     commit = os.environ.get("QAFE_SOURCE_COMMIT") or _commit_of(Path(__file__))
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def study_tags(plan: Plan) -> dict[str, str]:
+    """Of a user's own study: its file among the parent run's artifacts, and the digest of that."""
+    copy = Path(plan.folder) / STUDY_FOLDER / STUDY_FILE
+    if not copy.is_file():
+        return {}
+    return {"qafe.study_file": STUDY_FILE, "qafe.study_sha256": hashlib.sha256(copy.read_bytes()).hexdigest()}
 
 
 def _commit_of(file: Path) -> str:

@@ -8,14 +8,14 @@ epoch that was looked at), and its Spearman on test patients that took no part i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from qafe import config as configs
 from qafe import metrics
@@ -27,10 +27,11 @@ from qafe.model import weights
 from qafe.train import BEST_FILE, predict
 
 from . import checkpoints
+from .noise import NOISE_SETTINGS, SPLIT, Noise, noise
 from .plan import Plan, clip_counts
 from .progress import STATES
-from .searcher import OBJECTIVE
-from .study import BASELINE, own_trials
+from .searcher import DIVERGED, OBJECTIVE
+from .study import BASELINE, FAILURE, own_trials, pareto_set, study_of_own
 from .sweep import trial_device
 from .trial import CONFIG_FILE
 
@@ -51,7 +52,9 @@ class TrialSummary:
     checkpoint: Path | None = None
     run_id: str = ""
     pareto: bool = False
-    """With several objectives: whether no other trial is better in all of them."""
+    """With several objectives: whether no other trial is as good in all of them and better in one."""
+    values: dict[str, float] = field(default_factory=dict)
+    """Of a finished trial, by objective, where there are several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +78,14 @@ def summarise(study: optuna.Study, folder: Path, runs: Mapping[int, str]) -> lis
         runs: MLflow run id by the trial's number.
     """
     rows = []
-    pareto = {trial.number for trial in study.best_trials} if len(study.directions) > 1 else set()
+    several, pareto = len(study.directions) > 1, pareto_set(study)
     for trial in own_trials(study):
         values = trial.intermediate_values
         objective = trial.values[0] if trial.state == TrialState.COMPLETE else max(values.values(), default=None)
         rows.append(
             TrialSummary(
                 number=trial.number,
-                state=STATES[trial.state],
+                state=_state(trial),
                 objective=objective,
                 epochs=max(values, default=0),
                 settings=dict(trial.params),
@@ -90,9 +93,17 @@ def summarise(study: optuna.Study, folder: Path, runs: Mapping[int, str]) -> lis
                 checkpoint=checkpoints.last(folder, trial.number),
                 run_id=runs.get(trial.number, ""),
                 pareto=trial.number in pareto,
+                values=dict(zip(study.metric_names or (), trial.values or (), strict=False)) if several else {},
             )
         )
     return sorted(rows, key=lambda row: (row.objective is None, -(row.objective or 0.0), row.number))
+
+
+def _state(trial: FrozenTrial) -> str:
+    """How people call what became of a trial."""
+    if trial.state == TrialState.FAIL and trial.user_attrs.get(FAILURE, DIVERGED) == DIVERGED:
+        return "pruned"  # the study heard of a failure because it could not take it as pruned
+    return STATES[trial.state]
 
 
 def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary | None:
@@ -101,7 +112,8 @@ def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary | None:
 
 
 def luck(trials: Sequence[TrialSummary]) -> metrics.LuckBand | None:
-    """What the best of these trials and epochs would score by luck alone; None if no trial left its predictions."""
+    """What the best of these trials and epochs would score by luck alone; None if no trial left its predictions, or if
+    they are of different validation patients."""
     histories: list[History] = []
     for row in trials:
         if row.checkpoint is not None:
@@ -110,7 +122,8 @@ def luck(trials: Sequence[TrialSummary]) -> metrics.LuckBand | None:
             except CheckpointError:
                 continue
     histories = [history for history in histories if all(entry.epochs for entry in history.values())]
-    if not histories:
+    clips = {tuple((name, *entry.ids) for name, entry in history.items()) for history in histories}
+    if len(clips) != 1:  # none, or trials on different patients: no permutation reorders the scores of all of them
         return None
     tables = {}
     for expression, first in histories[0].items():
@@ -159,16 +172,29 @@ def validation_interval(checkpoint: Path) -> dict[str, metrics.Interval]:
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """PED-ANOVA importance of each setting that every finished trial has; empty with too few trials."""
+    """PED-ANOVA importance of each setting that every finished trial has; empty with too few trials.
+
+    Seeds are no settings: what they do is noise. With several objectives it is what matters for the Pareto set.
+    """
+    study = study_of_own(study)
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(done) < MINIMUM_FOR_IMPORTANCES:
         return {}
     shared = set.intersection(*(set(trial.params) for trial in done))
     varied = sorted(name for name in shared if len({trial.params[name] for trial in done}) > 1)
+    varied = [name for name in varied if name not in NOISE_SETTINGS]
     if not varied:
         return {}
     found = optuna.importance.get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), params=varied)
     return {name: float(value) for name, value in found.items()}
+
+
+def seed_noise(trials: Sequence[TrialSummary]) -> Noise | None:
+    """The variance components of a sweep whose trials differ in their seeds alone; None for any other."""
+    done = [row for row in trials if row.state == "finished" and row.objective is not None]
+    if not all(row.settings and set(row.settings) <= NOISE_SETTINGS for row in done):
+        return None
+    return noise([(row.settings.get(SPLIT, 0), row.objective or 0.0) for row in done])
 
 
 def sum_up(
@@ -177,7 +203,7 @@ def sum_up(
     """The sweep as one JSON object: for ``--json``, the report and the tracker."""
     assert best.checkpoint is not None
     test = test_best(best.checkpoint, plan.data_root, plan.expressions, plan.gpus_per_trial)
-    band = luck(trials)
+    band, spread = luck(trials), seed_noise(trials)
     return {
         "sweep": plan.name,
         "study": plan.study,
@@ -202,6 +228,9 @@ def sum_up(
             "settings": best.settings,
         },
         "luck": band._asdict() if band else None,
+        "noise": spread._asdict() if spread else None,
+        "splits": len({row.settings.get(SPLIT) for row in trials if row.epochs}),
+        "objectives": list(plan.objectives),
         "trials": [
             {
                 "trial": row.number,
@@ -210,6 +239,7 @@ def sum_up(
                 "epochs": row.epochs,
                 "baseline": row.baseline,
                 "pareto": row.pareto,
+                "values": row.values,
                 "run_id": row.run_id,
                 "settings": row.settings,
             }

@@ -9,16 +9,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qafe import config as configs
 from qafe import console
 from qafe.config import PRESETS
 from qafe.errors import ConfigError
 
 from .folder import STORAGE, find_sweep
 from .notify import check_url
-from .plan import KEPT_CHECKPOINTS, Plan, last_name, make_plan
-from .studies import STUDIES, find_study
+from .plan import KEPT_CHECKPOINTS, Plan, last_name, make_plan, planned_trials
+from .studies import STUDIES, find_study, planned_sweep
 from .study import DIRECTIONS, PRUNERS, SAMPLERS
-from .sweep import Sweep
+from .user_file import is_file_name
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("python -m sweeps.run", "Search QAFE-Net settings: Ray Tune, Optuna and MLflow together.")
-    parser.add_argument("study", nargs="?", help=f"what to search: {', '.join(STUDIES)}")
+    parser.add_argument("study", nargs="?", help=f"{', '.join(STUDIES)}, or a Python file with a Sweep of your own")
     parser.add_argument("--list", action="store_true", help="list the studies and stop")
     parser.add_argument("--data-root", type=Path, help="a prepared dataset (default: the generated sample)")
     parser.add_argument("--expression", help="one, several with commas, or all (default: smile, or the only one)")
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scheduler", choices=list(PRUNERS), help="how hopeless trials are stopped early (default: asha)"
     )
-    parser.add_argument("--sampler", choices=list(SAMPLERS), default="tpe", help="(default: %(default)s)")
+    parser.add_argument("--sampler", choices=list(SAMPLERS), help="(default: tpe; for a grid of points, grid)")
     parser.add_argument(
         "--objectives",
         default="spearman",
@@ -69,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--keep-checkpoints", type=int, default=KEPT_CHECKPOINTS, metavar="K", help="of the best trials (%(default)s)"
+    )
+    parser.add_argument(
+        "--warm-start", metavar="SWEEP[,...]", help="let the sampler learn from earlier sweeps: names, or folders"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the search; train.seed is a setting")
     parser.add_argument("--resume", action="store_true", help="go on with a sweep that was interrupted")
@@ -85,7 +89,6 @@ def _main(options: argparse.Namespace) -> int:
         return 0
     if options.study is None:
         raise ConfigError(f"a sweep needs a study: {', '.join(STUDIES)}. Write python -m sweeps.run fusion_search.")
-    sweep = find_study(options.study)
     if options.notify is not None:
         check_url(options.notify)
     storage = (options.storage or STORAGE.expanduser()).resolve()
@@ -94,12 +97,15 @@ def _main(options: argparse.Namespace) -> int:
         if existing and not existing.is_dir():
             raise ConfigError(f"{name} must lie in a folder, {existing} is a file. Name another place.")
     if options.resume or options.extend is not None:
-        plan = Plan.load(storage / (options.name or last_name(storage, sweep)))
-        _check_resumable(plan, sweep, options)
+        plan = Plan.load(storage / (options.name or last_name(storage, find_study(options.study))))
+        sweep = planned_sweep(plan)
+        _check_resumable(plan, options)
         if options.extend is not None:
-            plan = dataclasses.replace(plan, trials=plan.trials + options.extend)
+            base, pinned = configs.from_json(plan.config_json), frozenset(plan.pinned)
+            plan = dataclasses.replace(plan, trials=planned_trials(sweep, plan.trials + options.extend, base, pinned))
             plan.save()
     else:
+        sweep = find_study(options.study)
         plan = make_plan(options, sweep, storage)
     for name, value in QUIET.items() if options.address else (QUIET | ALONE).items():
         os.environ.setdefault(name, value)
@@ -108,10 +114,12 @@ def _main(options: argparse.Namespace) -> int:
     return run_sweep(plan, sweep, address=options.address, json_file=options.json, notify=options.notify)
 
 
-def _check_resumable(plan: Plan, sweep: Sweep, options: argparse.Namespace) -> None:
+def _check_resumable(plan: Plan, options: argparse.Namespace) -> None:
     """A sweep goes on as it was planned, or not at all."""
-    if sweep.name != plan.study:
-        raise ConfigError(f"{plan.name} is a sweep of {plan.study}, not of {sweep.name}. Name that study.")
+    # A user's file may have changed or gone since: the sweep has its own copy.
+    named = plan.study if is_file_name(options.study) and plan.study not in STUDIES else options.study
+    if named != plan.study:
+        raise ConfigError(f"{plan.name} is a sweep of {plan.study}, not of {named}. Name that study.")
     if options.extend is not None and options.extend < 1:
         raise ConfigError(f"--extend must be at least 1, got {options.extend}. Name more trials.")
     usual = vars(_parser().parse_args([]))

@@ -23,8 +23,20 @@ from qafe import config as configs
 from .control import Control
 from .plan import Plan
 from .progress import SECONDS
-from .study import ATTEMPTS, BASELINE, BY_HAND, FAILURE, REASON, RUN_ID, epochs_of, open_study, own_trials
+from .study import (
+    ATTEMPTS,
+    BASELINE,
+    BY_HAND,
+    FAILURE,
+    REASON,
+    RUN_ID,
+    epochs_of,
+    open_study,
+    own_trials,
+    stopped_state,
+)
 from .sweep import Suggester, Sweep
+from .warm_start import add_earlier_trials
 
 OBJECTIVE = "best_spearman"
 """What a sweep maximises: the mean over expressions of the best epoch's validation Spearman."""
@@ -55,8 +67,10 @@ class StudySearcher(Searcher):
         self.base = configs.from_json(plan.config_json)
         self.study = open_study(plan)
         self.pinned = frozenset(plan.pinned)
-        if not self.study.get_trials(deepcopy=False):
-            self.study.enqueue_trial(sweep.baseline(self.base, self.pinned), user_attrs={BASELINE: True})
+        points = sweep.points(self.base, self.pinned)
+        for number in range(len(self.study.get_trials(deepcopy=False)), len(points)):
+            self.study.enqueue_trial(points[number], user_attrs={BASELINE: True} if number == 0 else None)
+        add_earlier_trials(self.study, plan, sweep)
         self._begun = len(own_trials(self.study))
         self._open: dict[str, optuna.Trial] = {}
         self._epochs: dict[int, int] = {}
@@ -111,7 +125,7 @@ class StudySearcher(Searcher):
         if result["epoch"] > self._epochs[trial.number]:  # a trial that lost its worker repeats
             self._epochs[trial.number] = result["epoch"]
             self.study._storage.set_trial_intermediate_value(trial._trial_id, result["epoch"], result[OBJECTIVE])
-        if BASELINE in trial.user_attrs or result.get(FINISHED) or len(self.plan.objectives) > 1:
+        if trial.user_attrs.get(BASELINE) or result.get(FINISHED) or len(self.plan.objectives) > 1:
             return False
         return self.study.pruner.prune(self.study, self._frozen(trial))
 
@@ -138,7 +152,7 @@ class StudySearcher(Searcher):
             values = [float(result[VALUES[name]]) for name in self.plan.objectives]
             self.study.tell(trial, values)
         elif result and not error and failure in (None, DIVERGED):
-            self.study.tell(trial, state=TrialState.PRUNED)
+            self.study.tell(trial, state=stopped_state(self.study))
         else:
             self.study.tell(trial, state=TrialState.FAIL)
 

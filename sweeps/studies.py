@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
+from typing import get_args
 
-from qafe.config import ATTENTION_FUSIONS
+from qafe.config import ATTENTION_FUSIONS, Loss
 from qafe.errors import ConfigError
 
-from .sweep import Suggester, Sweep
+from .plan import STUDY_FILE, STUDY_FOLDER, Plan
+from .sweep import Grid, Suggester, Sweep
+from .user_file import is_file_name, load_sweep
+
+NOISE_LOSSES = ("bmc", "gai")
+"""The losses that assume a standard deviation of the label noise."""
 
 
 def fusion_space(trial: Suggester) -> None:
@@ -45,6 +52,32 @@ def drawing_space(trial: Suggester) -> None:
     trial.suggest_categorical("data.heatmap.colour", ["jet", "grey"])
 
 
+def optimiser_space(trial: Suggester) -> None:
+    """How the model is trained: an order of magnitude or two around the published SGD at 1e-3 with BMC.
+
+    One range of learning rates serves both optimisers, so that a sampler learns from one what it can for the other.
+    """
+    base = trial.base.train
+    trial.suggest_categorical("train.optimizer", ["sgd", "adamw"])
+    trial.suggest_float("train.lr", 1e-5, 1e-1, log=True)
+    trial.suggest_float("train.weight_decay", 1e-6, 1e-1, log=True)
+    trial.suggest_float("train.momentum", 0.5, 0.99)
+    if trial.suggest_categorical("train.schedule", ["step", "cosine", "constant"]) == "step":
+        trial.suggest_int("train.step_epochs", max(1, base.epochs // 10), max(base.epochs, base.step_epochs))
+        trial.suggest_float("train.step_factor", 0.05, 0.5, log=True)
+    trial.suggest_int("train.warmup_epochs", 0, max(1, base.epochs // 10, base.warmup_epochs))
+    trial.suggest_categorical("train.clip_norm", [0.0, 0.5, 1.0, 5.0])
+    # A batch of one clip has zero BMC loss, and accumulate may be 1.
+    losses = [name for name in get_args(Loss) if name != "bmc" or base.batch_size > 1]
+    loss = trial.suggest_categorical("train.loss", losses)
+    if loss in NOISE_LOSSES:
+        trial.suggest_float("train.noise_sigma", 0.1, 3.0, log=True)
+        trial.suggest_categorical("train.train_noise_sigma", [False, True])
+    if loss == "huber":
+        trial.suggest_float("train.huber_delta", 0.25, 2.0, log=True)
+    trial.suggest_categorical("train.accumulate", [1, 2, 4])
+
+
 STUDIES: dict[str, Sweep] = {
     "fusion_search": Sweep(
         name="fusion_search",
@@ -56,17 +89,49 @@ STUDIES: dict[str, Sweep] = {
         about="how heatmaps are drawn and how large, with the preset's fusion",
         space=heatmap_space,
     ),
+    "optimiser_search": Sweep(
+        name="optimiser_search",
+        about="optimiser, learning rate and its schedule, loss and clipping, with the preset's model",
+        space=optimiser_space,
+        trials=32,
+    ),
+    "paper_baseline": Sweep(
+        name="paper_baseline",
+        about="the preset's own settings on every expression, with 5 seeds: nothing is searched",
+        space=Grid({"train.seed": (0, 1, 2, 3, 4)}),
+        expressions="all",
+    ),
+    "seed_noise": Sweep(
+        name="seed_noise",
+        about="one configuration over 4 seeds and 4 splits of the patients: how much of a score is noise",
+        space=Grid({"train.seed": (0, 1, 2, 3), "data.split_seed": (0, 1, 2, 3)}),
+    ),
 }
 
 
 def find_study(name: str) -> Sweep:
-    """The study with this name.
+    """The study with this name, or in this Python file.
 
     Raises:
-        ConfigError: there is none; the nearest name is offered.
+        ConfigError: there is none (the nearest name is offered), or the file is not one study.
     """
+    if is_file_name(name):
+        sweep = load_sweep(Path(name))
+        if sweep.name in STUDIES:
+            raise ConfigError(f"{sweep.name} is a study of the project, got it as the name of {name}. Rename yours.")
+        return sweep
     if name not in STUDIES:
         near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0.3)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"a study must be one of {', '.join(STUDIES)}, got {name!r}.{hint}")
+        raise ConfigError(f"a study must be one of {', '.join(STUDIES)}, or a Python file, got {name!r}.{hint}")
     return STUDIES[name]
+
+
+def planned_sweep(plan: Plan) -> Sweep:
+    """The study of a sweep that has begun; a user's own as it was then.
+
+    Raises:
+        ConfigError: this version of the project does not have it.
+    """
+    copy = Path(plan.folder) / STUDY_FOLDER / STUDY_FILE
+    return load_sweep(copy) if copy.is_file() else find_study(plan.study)

@@ -6,6 +6,7 @@ which were running, and what each rung of early stopping has seen; Ray only runs
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,10 +41,12 @@ FAILURE = "failure"
 REASON = "reason"
 BY_HAND = "stopped by hand"
 """The reason of a trial that ``python -m sweeps.stop NAME --trial N`` ended."""
+NUMBER = "number"
+"""A trial's own number, where it has been copied."""
 WARM_START = "warm_start"
 """``sweep#number`` of the earlier sweep's trial that this one repeats; it was not run here."""
 
-Sampler = Literal["tpe", "gp", "cmaes", "random", "qmc"]
+Sampler = Literal["tpe", "gp", "cmaes", "random", "qmc", "grid"]
 Scheduler = Literal["asha", "hyperband", "median", "none"]
 Objective = Literal["spearman", "params", "seconds", "mae"]
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
@@ -54,15 +57,20 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
 }
 """What can be searched for. ``params``: of the model; ``seconds``: of an epoch; ``spearman`` and ``mae``: of the best
 epoch, validation, mean over the expressions."""
+GRID: Sampler = "grid"
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed),
-    "gp": lambda seed: GPSampler(seed=seed),
+    "gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
     "cmaes": lambda seed: CmaEsSampler(seed=seed, warn_independent_sampling=False),
     "random": lambda seed: RandomSampler(seed=seed),
     "qmc": lambda seed: QMCSampler(
         seed=seed, scramble=True, warn_asynchronous_seeding=False, warn_independent_sampling=False
     ),
+    GRID: lambda seed: RandomSampler(seed=seed),
 }
+"""``grid`` is for studies that have all of their points from the start: it is never asked for one."""
+LEARNERS: tuple[Sampler, ...] = ("tpe", "gp")
+"""The samplers that learn from trials that they did not choose."""
 PRUNERS: dict[str, Callable[[int, int], BasePruner]] = {
     "asha": lambda grace, _: SuccessiveHalvingPruner(
         min_resource=grace, reduction_factor=REDUCTION_FACTOR, min_early_stopping_rate=0
@@ -70,7 +78,9 @@ PRUNERS: dict[str, Callable[[int, int], BasePruner]] = {
     "hyperband": lambda grace, epochs: HyperbandPruner(
         min_resource=grace, max_resource=epochs, reduction_factor=REDUCTION_FACTOR
     ),
-    "median": lambda grace, _: MedianPruner(n_startup_trials=MEDIAN_STARTUP_TRIALS, n_warmup_steps=grace),
+    "median": lambda grace, _: MedianPruner(
+        n_startup_trials=MEDIAN_STARTUP_TRIALS, n_warmup_steps=grace, n_min_trials=MEDIAN_STARTUP_TRIALS
+    ),
     "none": lambda *_: NopPruner(),
 }
 """From the epochs that every trial gets, and those that a whole trial has. The rungs lie in the study itself."""
@@ -84,23 +94,27 @@ def open_study(plan: Plan) -> optuna.Study:
     Raises:
         ConfigError: its storage does not answer, or its driver is not installed.
     """
-    try:
-        study = optuna.create_study(
-            storage=_storage(plan),
-            study_name=plan.name,
-            directions=[DIRECTIONS[name] for name in plan.objectives],
-            load_if_exists=True,
-        )
-    except Exception as err:  # SQLAlchemy and the database's driver raise almost anything
-        if not plan.study_storage:
-            raise
-        raise ConfigError(
-            f"the study's storage must answer, got {type(err).__name__} (--study-storage). Start the database, "
-            "or leave it out for a file in the sweep's folder."
-        ) from err
-    study.sampler = make_sampler(plan.sampler, plan.seed, len(study.get_trials(deepcopy=False)))
-    epochs = configs.from_json(plan.config_json).train.epochs
-    study.pruner = PRUNERS[plan.scheduler](min(plan.grace_epochs, epochs), epochs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # names of objectives, Hyperband
+        try:
+            study = optuna.create_study(
+                storage=_storage(plan),
+                study_name=plan.name,
+                directions=[DIRECTIONS[name] for name in plan.objectives],
+                load_if_exists=True,
+            )
+        except Exception as err:  # SQLAlchemy and the database's driver raise almost anything
+            if not plan.study_storage:
+                raise
+            raise ConfigError(
+                f"the study's storage must answer, got {type(err).__name__} (--study-storage). Start the database, "
+                "or leave it out for a file in the sweep's folder."
+            ) from err
+        if study.metric_names is None:
+            study.set_metric_names(list(plan.objectives))
+        study.sampler = make_sampler(plan.sampler, plan.seed, len(study.get_trials(deepcopy=False)))
+        epochs = configs.from_json(plan.config_json).train.epochs
+        study.pruner = PRUNERS[plan.scheduler](min(plan.grace_epochs, epochs), epochs)
     return study
 
 
@@ -164,6 +178,25 @@ def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) 
     return [trial for trial in found if trial.state != TrialState.WAITING and WARM_START not in trial.user_attrs]
 
 
+def study_of_own(study: optuna.Study) -> optuna.Study:
+    """A study in memory with the ended trials that the sweep itself ran, each with its `NUMBER`."""
+    own = optuna.create_study(directions=study.directions)
+    for trial in own_trials(study):
+        if trial.state.is_finished():
+            copied = copy.deepcopy(trial)
+            copied.set_user_attr(NUMBER, trial.number)
+            own.add_trial(copied)
+    return own
+
+
+def pareto_set(study: optuna.Study) -> frozenset[int]:
+    """Numbers of the sweep's own trials that no other is as good as in all objectives and better than in one; none
+    with a single objective. Trials of earlier sweeps may be better, but are not this sweep's to show."""
+    if len(study.directions) == 1:
+        return frozenset()
+    return frozenset(trial.user_attrs[NUMBER] for trial in study_of_own(study).best_trials)
+
+
 def running_trials(study: optuna.Study) -> list[int]:
     """Numbers of the trials that have begun and not ended."""
     return [trial.number for trial in own_trials(study, (TrialState.RUNNING,))]
@@ -175,7 +208,13 @@ def give_up(study: optuna.Study, reason: str, only: int | None = None) -> None:
         if only not in (None, frozen.number):
             continue
         optuna.Trial(study, frozen._trial_id).set_user_attr(REASON, reason)
-        study.tell(frozen.number, state=TrialState.PRUNED if frozen.intermediate_values else TrialState.FAIL)
+        study.tell(frozen.number, state=stopped_state(study) if frozen.intermediate_values else TrialState.FAIL)
+
+
+def stopped_state(study: optuna.Study) -> TrialState:
+    """What the study is told of a trial that was stopped early: with several objectives Optuna has no pruned trials,
+    and TPE fails on the first that it meets."""
+    return TrialState.PRUNED if len(study.directions) == 1 else TrialState.FAIL
 
 
 def link_runs(study: optuna.Study, runs: Mapping[int, str]) -> None:

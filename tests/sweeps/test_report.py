@@ -10,7 +10,9 @@ from optuna.trial import TrialState, create_trial
 
 from qafe.history import Epoch, ExpressionHistory, write_history
 from sweeps import page, report
-from sweeps.searcher import OBJECTIVE, RAY_TRIAL
+from sweeps.checkpoints import SEAL_FILE, trial_name
+from sweeps.searcher import OBJECTIVE
+from sweeps.study import study_of_own
 
 SPACE = {"x": FloatDistribution(0, 1), "kind": CategoricalDistribution(["a", "b"])}
 
@@ -26,15 +28,23 @@ def study_of(values: list[tuple[TrialState, float]]) -> optuna.Study:
                 params={"x": value, "kind": "ab"[number % 2]},
                 distributions=SPACE,
                 intermediate_values={1: value / 2, 2: value},
-                user_attrs={RAY_TRIAL: f"t{number}", "baseline": number == 0},
+                user_attrs={"baseline": number == 0},
             )
         )
     return study
 
 
-def history_in(folder: Path, predictions: list[list[float]], target: list[float], patients: list[str]) -> Path:
+def checkpoint_of(sweep: Path, number: int) -> Path:
+    folder = sweep / trial_name(number, 0) / "checkpoint_000000"
     folder.mkdir(parents=True)
-    entry = ExpressionHistory(ids=[f"c{i}" for i in range(len(target))], patients=patients, target=target)
+    (folder / SEAL_FILE).touch()
+    return folder
+
+
+def history_in(
+    folder: Path, predictions: list[list[float]], target: list[float], patients: list[str], clips: str = "c"
+) -> Path:
+    entry = ExpressionHistory(ids=[f"{clips}{i}" for i in range(len(target))], patients=patients, target=target)
     for number, row in enumerate(predictions, start=1):
         entry.epochs.append(Epoch(epoch=number, train_loss=1.0, metrics={"spearman": 0.0}, predictions=row))
     entry.best_epoch = 1
@@ -44,8 +54,9 @@ def history_in(folder: Path, predictions: list[list[float]], target: list[float]
 
 def test_trials_are_ordered_and_only_finished_ones_win(tmp_path: Path) -> None:
     study = study_of([(TrialState.COMPLETE, 0.3), (TrialState.PRUNED, 0.9), (TrialState.COMPLETE, 0.5)])
-    checkpoints = {"t0": tmp_path, "t1": tmp_path, "t2": tmp_path}
-    trials = report.summarise(study, checkpoints, {"t2": "run"})
+    for number in range(3):
+        checkpoint_of(tmp_path, number)
+    trials = report.summarise(study, tmp_path, {2: "run"})
     assert [(row.number, row.state, row.objective) for row in trials] == [
         (1, "pruned", 0.9),
         (2, "finished", 0.5),
@@ -55,7 +66,8 @@ def test_trials_are_ordered_and_only_finished_ones_win(tmp_path: Path) -> None:
     best = report.best_trial(trials)
     assert best is not None
     assert (best.number, best.run_id, best.epochs) == (2, "run", 2)
-    assert report.best_trial(report.summarise(study, {}, {})) is None
+    assert best.checkpoint == tmp_path / "trial_002" / "checkpoint_000000"
+    assert report.best_trial(report.summarise(study, tmp_path / "none", {})) is None
 
 
 def test_importances_find_what_matters() -> None:
@@ -71,15 +83,15 @@ def test_luck_counts_every_epoch_of_every_trial(tmp_path: Path) -> None:
     patients = ["p1", "p1", "p2", "p2", "p3", "p3", "p4", "p4"]
     right, wrong = target, [-value for value in target]
     study = study_of([(TrialState.COMPLETE, 0.3), (TrialState.PRUNED, 0.2)])
-    folders = {
-        "t0": history_in(tmp_path / "0", [wrong, wrong, right], target, patients),
-        "t1": history_in(tmp_path / "1", [wrong], target, patients),
-    }
-    trials = report.summarise(study, folders, {})
-    band = report.luck(trials)
+    history_in(checkpoint_of(tmp_path / "s", 0), [wrong, wrong, right], target, patients)
+    history_in(checkpoint_of(tmp_path / "s", 1), [wrong], target, patients)
+    band = report.luck(report.summarise(study, tmp_path / "s", {}))
     assert band is not None
     assert band.max_observed == pytest.approx(1)
-    assert report.luck(report.summarise(study, {"t0": tmp_path / "none"}, {})) is None
+    checkpoint_of(tmp_path / "lost", 0)  # its history is not there
+    assert report.luck(report.summarise(study, tmp_path / "lost", {})) is None
+    history_in(tmp_path / "s" / "trial_001" / "checkpoint_000000", [wrong], target, patients, clips="other")
+    assert report.luck(report.summarise(study, tmp_path / "s", {})) is None
 
 
 def summary_with(observed: float, threshold: float, test: float | None) -> dict[str, object]:
@@ -96,6 +108,9 @@ def summary_with(observed: float, threshold: float, test: float | None) -> dict[
             "test_interval": {"smile": (-1.0, 1.0)} if test is not None else {},
         },
         "luck": {"max_observed": observed, "threshold": threshold, "expected_max": 0.2, "p_value": 0.5},
+        "noise": None,
+        "splits": 1,
+        "objectives": ["spearman"],
         "trials": [],
     }
 
@@ -112,7 +127,7 @@ def test_the_verdict_trusts_only_what_is_beyond_luck() -> None:
 
 def test_the_report_is_one_page_and_files_for_programs(tmp_path: Path) -> None:
     study = study_of([(TrialState.COMPLETE, 0.3), (TrialState.PRUNED, 0.1)])
-    trials = report.summarise(study, {}, {})
+    trials = report.summarise(study, tmp_path, {})
     page.write_report(tmp_path / "report", trials, {"x": 0.75}, summary_with(0.6, 0.5, 0.4))
     text = (tmp_path / "report" / "report.html").read_text()
     for title in ("Importance of each setting", "Parallel coordinates", "All trials", "Luck:"):
@@ -130,3 +145,53 @@ def test_absent_settings_get_their_own_place_on_an_axis() -> None:
     assert axis["values"] == [0.0, pytest.approx(-0.15), 1.0]
     assert page._axis(["b", None, "a"])["ticktext"] == ["a", "b", "n/a"]
     assert page._axis([1, 2]) == {"values": [1, 2]}
+
+
+def test_several_objectives_have_a_pareto_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+        study.set_metric_names(["spearman", "params"])
+    rows = [(0.5, 900.0, {}), (0.4, 200.0, {}), (0.3, 300.0, {}), (0.9, 100.0, {"warm_start": "s-0#1"})]
+    for x, params, attrs in rows:
+        study.add_trial(
+            create_trial(values=[x, params], params={"x": x, "kind": "a"}, distributions=SPACE, user_attrs=attrs)
+        )
+    failed = {"failure": "diverged"}
+    study.add_trial(
+        create_trial(state=TrialState.FAIL, params={"x": 0.1, "kind": "a"}, distributions=SPACE, user_attrs=failed)
+    )
+    trials = report.summarise(study, tmp_path, {})
+    assert [(row.number, row.state, row.pareto) for row in trials] == [
+        (0, "finished", True),
+        (1, "finished", True),
+        (2, "finished", False),
+        (4, "pruned", False),
+    ]  # what an earlier sweep found is not this sweep's
+    assert trials[1].values == {"spearman": 0.4, "params": 200.0}
+    shown = [
+        {"trial": row.number, "state": row.state, OBJECTIVE: row.objective, "epochs": 1, "baseline": False}
+        | {"pareto": row.pareto, "values": row.values, "settings": row.settings}
+        for row in trials
+    ]
+    summary = summary_with(0.5, 0.4, None) | {"objectives": ["spearman", "params"], "trials": shown}
+    page.print_table(summary, shown=1)
+    printed = capsys.readouterr().out
+    assert "Pareto set:       0, 1: no other trial is as good in all of spearman, params" in printed
+    assert [line.split()[:6] for line in printed.splitlines() if "finished" in line and "*" in line] == [
+        ["0", "finished", "0.500", "900", "*", "1"],
+        ["1", "finished", "0.400", "200", "*", "1"],
+    ]
+    page.write_report(tmp_path / "report", trials, report.importances(study), summary)
+    assert "in the Pareto set" in (tmp_path / "report" / "report.html").read_text()
+    lines = (tmp_path / "report" / "best_trials.csv").read_text().splitlines()
+    assert lines[0] == f"trial,state,{OBJECTIVE},params,pareto,epochs,baseline,x,kind"
+    assert lines[1] == "0,finished,0.5000,900,True,0,False,0.5,a"
+
+
+def test_trials_of_earlier_sweeps_are_not_in_the_report(tmp_path: Path) -> None:
+    study = study_of([(TrialState.COMPLETE, number / 20) for number in range(4)])
+    study.add_trial(
+        create_trial(value=0.9, params={"x": 0.9, "kind": "a"}, distributions=SPACE, user_attrs={"warm_start": "s-0#1"})
+    )
+    assert [row.number for row in report.summarise(study, tmp_path, {})] == [3, 2, 1, 0]
+    assert {trial.value for trial in study_of_own(study).trials} == {0.0, 0.05, 0.1, 0.15}

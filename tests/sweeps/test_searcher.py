@@ -4,23 +4,27 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
+from ray.tune.search import Searcher
 
 from qafe.config import PRESETS, flatten, override, tiny
 from qafe.errors import ConfigError
-from sweeps.searcher import OBJECTIVE, RAY_TRIAL, StudySearcher, open_study
+from sweeps.plan import Plan
+from sweeps.searcher import OBJECTIVE, StudySearcher
 from sweeps.studies import STUDIES, find_study
-from sweeps.sweep import Suggester
+from sweeps.study import FAILURE, open_study, running_trials
+from tests.sweeps.plans import ask, plan_in, result
 
 STUDY = STUDIES["fusion_search"]
 
 
 @pytest.fixture
-def searcher(tmp_path: Path) -> StudySearcher:
-    return StudySearcher(STUDY, tiny(), frozenset(), tmp_path / "study.journal", "s-1", seed=0)
+def plan(tmp_path: Path) -> Plan:
+    return plan_in(tmp_path)
 
 
-def result(epoch: int, objective: float, finished: bool = False) -> dict[str, object]:
-    return {"epoch": epoch, OBJECTIVE: objective, "finished": finished}
+@pytest.fixture
+def searcher(plan: Plan) -> StudySearcher:
+    return StudySearcher(plan, STUDY)
 
 
 def test_the_presets_own_settings_come_first(searcher: StudySearcher) -> None:
@@ -41,38 +45,36 @@ def test_every_point_of_every_study_is_a_config(name: str, preset: str) -> None:
     known = set(flatten(base))
     seen = set()
     for _ in range(100):
-        trial = study.ask()
-        STUDIES[name].space(Suggester(trial, base))
+        trial = ask(study, STUDIES[name], base)
         assert set(trial.params) <= known
         override(base, trial.params)
         seen |= set(trial.params)
     assert seen == STUDIES[name].names(base)
+    STUDIES[name].check(base)
     study.enqueue_trial(STUDIES[name].baseline(base))
-    trial = study.ask()
-    STUDIES[name].space(Suggester(trial, base))
-    assert override(base, trial.params) == base
+    assert override(base, ask(study, STUDIES[name], base).params) == base
 
 
 def test_heads_exist_only_where_something_attends() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=2))
     for kind, has_heads in (("cross", True), ("gated", True), ("concat", False), ("sum", False)):
         study.enqueue_trial({"model.fusion.kind": kind})
-        trial = study.ask()
-        STUDY.space(Suggester(trial, tiny()))
-        assert ("model.fusion.heads" in trial.params) is has_heads
+        assert ("model.fusion.heads" in ask(study, STUDY, tiny()).params) is has_heads
 
 
-def test_optuna_hears_how_each_trial_really_ended(searcher: StudySearcher) -> None:
+def test_optuna_hears_how_each_trial_really_ended(searcher: StudySearcher, plan: Plan) -> None:
     for name in "abcd":
         searcher.suggest(name)
     for name in "abc":
-        searcher.on_trial_result(name, result(1, 0.1))
+        searcher.report(name, result(1, 0.1))
+    searcher.report("a", result(2, 0.4, finished=True))
     searcher.on_trial_complete("a", result(2, 0.4, finished=True))
+    searcher.report("b", result(2, 0.2))
     searcher.on_trial_complete("b", result(2, 0.2))
     searcher.on_trial_complete("c", result(1, 0.1), error=True)
     searcher.on_trial_complete("d", None, error=True)
     searcher.on_trial_complete("a", result(2, 0.4, finished=True))  # said twice: no harm
-    trials = open_study(searcher.journal, "s-1").trials
+    trials = open_study(plan).trials
     assert [trial.state for trial in trials] == [
         TrialState.COMPLETE,
         TrialState.PRUNED,
@@ -81,23 +83,24 @@ def test_optuna_hears_how_each_trial_really_ended(searcher: StudySearcher) -> No
     ]
     assert trials[0].value == 0.4
     assert trials[1].intermediate_values == {1: 0.1, 2: 0.2}
-    assert [trial.user_attrs[RAY_TRIAL] for trial in trials] == ["a", "b", "c", "d"]
+    assert [trial.user_attrs.get(FAILURE) for trial in trials] == [None, None, "lost", "lost"]
 
 
-def test_a_restored_searcher_goes_on_with_its_open_trials(searcher: StudySearcher, tmp_path: Path) -> None:
-    searcher.suggest("a")
-    searcher.on_trial_result("a", result(1, 0.1))
-    searcher.save(str(tmp_path / "saved"))
-    searcher.suggest("late")  # after the snapshot: Ray does not know it after a crash
-    again = pickle.loads(pickle.dumps(searcher))
-    again.restore(str(tmp_path / "saved"))
-    again.on_trial_result("a", result(1, 0.1))  # repeated from the checkpoint
-    again.on_trial_result("a", result(2, 0.3))
-    again.on_trial_complete("a", result(3, 0.5, finished=True))
-    first, late = open_study(searcher.journal, "s-1").trials
-    assert first.state == TrialState.COMPLETE
-    assert first.intermediate_values == {1: 0.1, 2: 0.3, 3: 0.5}
-    assert late.state == TrialState.FAIL
+def test_a_new_driver_goes_on_with_the_trials_that_were_running(searcher: StudySearcher, plan: Plan) -> None:
+    first = searcher.suggest("a")
+    searcher.report("a", result(1, 0.1))
+    late = searcher.suggest("late")  # no epoch of it was heard
+    again = StudySearcher(plan, STUDY)  # the first driver is dead
+    assert again.suggest("b") == first | {"epochs": 1, "attempt": 1}
+    assert again.suggest("c") == late | {"attempt": 1}
+    again.report("b", result(1, 0.1))  # repeated from the checkpoint
+    again.report("b", result(2, 0.3))
+    again.report("b", result(3, 0.5, finished=True))
+    again.on_trial_complete("b", result(3, 0.5, finished=True))
+    done, open_trial = open_study(plan).trials
+    assert done.state == TrialState.COMPLETE
+    assert done.intermediate_values == {1: 0.1, 2: 0.3, 3: 0.5}
+    assert open_trial.state == TrialState.RUNNING
     assert again.suggest("next")["number"] == 2
 
 
@@ -108,8 +111,8 @@ def test_an_unknown_study_offers_the_nearest() -> None:
 
 def test_a_fixed_setting_is_not_searched(tmp_path: Path) -> None:
     base = override(tiny(), {"model.fusion.kind": "concat", "data.heatmap.blur_px": 9})
-    pinned = frozenset({"model.fusion.kind", "data.heatmap.blur_px"})
-    searcher = StudySearcher(STUDY, base, pinned, tmp_path / "study.journal", "s-1", seed=0)
+    pinned = {"model.fusion.kind", "data.heatmap.blur_px"}
+    searcher = StudySearcher(plan_in(tmp_path, base=base, pinned=tuple(pinned)), STUDY)
     for name in "abcdef":
         settings = searcher.suggest(name)["settings"]
         assert not pinned & set(settings)
@@ -120,27 +123,39 @@ def test_a_fixed_setting_is_not_searched(tmp_path: Path) -> None:
 def test_what_cannot_be_searched_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing left to search"):
         STUDIES["heatmap_search"].baseline(tiny(), STUDIES["heatmap_search"].names(tiny()))
-    with pytest.raises(ConfigError, match="must lie in the space of fusion_search"):
-        STUDY.baseline(override(tiny(), {"data.heatmap.blur_px": 9}))
+    for value in (9, 31):  # of a choice, and of a range
+        name = "data.heatmap.blur_px" if value == 9 else "data.heatmap.window_px"
+        with pytest.raises(ConfigError, match="must lie in the space of fusion_search"):
+            STUDY.baseline(override(tiny(), {name: value}))
     narrow = override(tiny(), {"model.fusion.width": 36})
     assert STUDY.baseline(narrow)["model.fusion.heads"] == 4
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
     for _ in range(30):
-        trial = study.ask()
-        STUDY.space(Suggester(trial, narrow))
-        override(narrow, trial.params)
+        override(narrow, ask(study, STUDY, narrow).params)
 
 
-def test_a_reopened_study_does_not_repeat_itself(searcher: StudySearcher) -> None:
+def test_a_reopened_study_does_not_repeat_itself(searcher: StudySearcher, plan: Plan) -> None:
     first = [searcher.suggest(f"a{number}")["settings"] for number in range(5)]
     again = pickle.loads(pickle.dumps(searcher))
-    second = [again.suggest(f"b{number}")["settings"] for number in range(4)]
+    reopened = StudySearcher(plan, STUDY)
+    for name in "abcde":
+        assert reopened.suggest(name)["settings"] in first
+    second = [other.suggest(f"b{number}")["settings"] for number in range(4) for other in (again, reopened)]
     assert not [settings for settings in second if settings in first]
 
 
-def test_a_refused_trial_is_a_failure(searcher: StudySearcher) -> None:
+def test_a_refused_trial_is_a_failure(searcher: StudySearcher, plan: Plan) -> None:
     searcher.suggest("a")
-    searcher.on_trial_complete("a", {"epoch": 0, OBJECTIVE: -1.0, "refused": "MediaError: x", "finished": False})
-    (trial,) = open_study(searcher.journal, "s-1").trials
+    refusal = {"epoch": 0, OBJECTIVE: -1.0, "failed_as": "refused", "reason": "MediaError: x", "finished": False}
+    searcher.on_trial_complete("a", refusal)
+    (trial,) = open_study(plan).trials
     assert trial.state == TrialState.FAIL
+    assert trial.user_attrs[FAILURE] == "refused"
+    assert trial.user_attrs["reason"] == "MediaError: x"
     assert trial.intermediate_values == {}
+
+
+def test_as_many_trials_are_begun_as_are_planned(tmp_path: Path) -> None:
+    searcher = StudySearcher(plan_in(tmp_path, trials=2), STUDY)
+    assert [searcher.suggest(name) for name in "abc"][2] == Searcher.FINISHED
+    assert running_trials(searcher.study) == [0, 1]
