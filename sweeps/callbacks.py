@@ -307,5 +307,5 @@ class TellPeople(Callback):
     def _say(self, trial: Trial, what: str) -> None:
         now = self.pace.progress()
         best = f"; best {now.best[1]:.3f}" if now.best else ""
-        left = "" if now.left_s is None else f"; about {duration(now.left_s)} left"
+        left = "" if not now.left_s else f"; about {duration(now.left_s)} left"
         say(f"[{now.ended}/{now.planned}] trial {trial.config['number']} {what}{best}{left}")

@@ -217,13 +217,26 @@ def test_a_paused_driver_notices_within_two_seconds_and_sleeps_meanwhile(
     assert "paused; go on with:  python -m sweeps.continue s-1 --storage" in capsys.readouterr().err
 
 
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Drivers that are ended with the test, whatever becomes of it."""
+    processes: list[subprocess.Popen[bytes]] = []
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+
+
 def steer(sweep: Sweep, command: str, *flags: str) -> None:
     line = [sys.executable, "-m", f"sweeps.{command}", "s-1", "--storage", str(sweep.folder), *flags]
     done = subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_real_sweep_rests_and_goes_on_as_if_nothing_had_been(sample_root: Path, tmp_path: Path) -> None:
+def test_a_real_sweep_rests_and_goes_on_as_if_nothing_had_been(
+    sample_root: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]]
+) -> None:
     sweep = Sweep(
         tmp_path,
         sample_root,
@@ -237,10 +250,14 @@ def test_a_real_sweep_rests_and_goes_on_as_if_nothing_had_been(sample_root: Path
         "smile",
     )
     process = sweep.start()
+    started.append(process)
     sweep.wait_for_epoch(2)
     steer(sweep, "pause")
     sweep.wait_for("paused; go on with")
-    assert not workers_of(process)  # nothing is kept, no GPU either
+    deadline = time.monotonic() + 30  # Ray ends them a moment later
+    while workers_of(process):  # nothing is kept, no GPU either
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     rested = [entry for entry in sweep.spooled() if entry["kind"] == "epoch"]
     driving, before = psutil.Process(process.pid), psutil.Process(process.pid).cpu_times()
     time.sleep(3)
@@ -283,9 +300,12 @@ def test_a_real_sweep_rests_and_goes_on_as_if_nothing_had_been(sample_root: Path
     assert trials[0].value == sweep.summary["best"][OBJECTIVE] or sweep.summary["best"]["trial"] != 0
 
 
-def test_stop_ends_a_real_sweep_as_ctrl_c_does(sample_root: Path, tmp_path: Path) -> None:
+def test_stop_ends_a_real_sweep_as_ctrl_c_does(
+    sample_root: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]]
+) -> None:
     sweep = Sweep(tmp_path, sample_root, "--trials", "3", "--set", "train.epochs=40", "--expression", "smile")
     process = sweep.start()
+    started.append(process)
     sweep.wait_for_epoch(1)
     steer(sweep, "stop")
     assert process.wait(timeout=100) == 130
