@@ -164,7 +164,7 @@ def print_table(summary: Mapping[str, Any], shown: int = 10) -> None:
             str(row["trial"]),
             row["state"],
             "-" if objective is None else f"{objective:.3f}",
-            *(f"{row['values'][name]:.4g}" if name in row["values"] else "-" for name in others),
+            *(f"{row['values'][name]:.6g}" if name in row["values"] else "-" for name in others),
             *(["*" if row["pareto"] else ""] if others else []),
             str(row["epochs"]),
             "the baseline" if row["baseline"] else changed_settings(row["settings"], baseline),
