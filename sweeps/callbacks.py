@@ -20,7 +20,7 @@ from tracking.runs import SweepTracker, TrialState
 from . import checkpoints
 from .control import Control
 from .plan import Plan
-from .searcher import DIVERGED, FAILED_AS, FINISHED, OBJECTIVE, StudySearcher
+from .searcher import DIVERGED, FAILED_AS, FINISHED, OBJECTIVE, Closing, StudySearcher
 from .study import REASON, own_trials
 from .trial import DATA, ROOM_POLL_S, TRACEBACK, has_room
 
@@ -79,7 +79,7 @@ class TrackTrials(Callback):
         elif failure and failure != DIVERGED:
             self._end(trial, "failed", failure, result.get(TRACEBACK, ""))
             if failure == DATA:
-                self.searcher.closed = result[REASON]
+                self.searcher.closed = Closing("data", result[REASON])
         elif failure:
             self._end(trial, "pruned", f"{failure}: {result[REASON]}", result.get(TRACEBACK, ""))
         else:
@@ -183,7 +183,8 @@ class StopWhenAsked(Stopper):
 
     def stop_all(self) -> bool:
         """Whether all trials should stop."""
-        return self.control.stopped or bool(self.searcher.closed)
+        closed = self.searcher.closed
+        return self.control.stopped or (closed is not None and closed.kind == "data")
 
 
 class TellPeople(Callback):

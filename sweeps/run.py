@@ -13,7 +13,8 @@ from qafe import console
 from qafe.config import PRESETS
 from qafe.errors import ConfigError
 
-from .plan import KEPT_CHECKPOINTS, REPORT_FOLDER, Plan, last_name, make_plan
+from . import estimate
+from .plan import KEPT_CHECKPOINTS, REPORT_FOLDER, Plan, draft_plan, last_name, make_plan
 from .studies import STUDIES, find_study
 from .study import DIRECTIONS, PRUNERS, SAMPLERS
 from .sweep import Sweep
@@ -47,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-cache", action="store_true", help="keep no decoded frames on disk (data.cache_gb=0)")
     parser.add_argument("--trials", type=int, help="trials to run (default: the study's own)")
     parser.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no trial and stop all after this")
+    parser.add_argument(
+        "--budget-gpu-hours",
+        type=float,
+        metavar="HOURS",
+        help="start no trial that would not fit into this (hours of workers where trials have no GPU)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="measure briefly what the sweep would cost, and stop")
     parser.add_argument("--cpus-per-trial", type=float, default=1.0)
     parser.add_argument("--gpus-per-trial", type=float, help="may be a fraction (default: 1 where a GPU is, else 0)")
     parser.add_argument("--address", help="Ray cluster to join, e.g. auto (default: a local Ray)")
@@ -88,12 +96,18 @@ def _main(options: argparse.Namespace) -> int:
         existing = next((path for path in (folder, *folder.parents) if path.exists()), None) if folder else None
         if existing and not existing.is_dir():
             raise ConfigError(f"{name} must lie in a folder, {existing} is a file. Name another place.")
+    if options.dry_run and (options.resume or options.extend is not None):
+        raise ConfigError("--dry-run is for a new sweep, got it with --resume or --extend. Leave one of them out.")
+    if options.dry_run:
+        return estimate.dry_run(draft_plan(options, sweep, storage), sweep, json_file=options.json)
     if options.resume or options.extend is not None:
         plan = Plan.load(storage / (options.name or last_name(storage, sweep)))
         _check_resumable(plan, sweep, options)
         if options.extend is not None:
             plan = dataclasses.replace(plan, trials=plan.trials + options.extend)
-            plan.save()
+        if options.budget_gpu_hours is not None:
+            plan = dataclasses.replace(plan, budget_hours=options.budget_gpu_hours)
+        plan.save()
     else:
         plan = make_plan(options, sweep, storage)
     for name, value in QUIET.items() if options.address else (QUIET | ALONE).items():
@@ -110,7 +124,18 @@ def _check_resumable(plan: Plan, sweep: Sweep, options: argparse.Namespace) -> N
     if options.extend is not None and options.extend < 1:
         raise ConfigError(f"--extend must be at least 1, got {options.extend}. Name more trials.")
     usual = vars(_parser().parse_args([]))
-    free = ("study", "resume", "extend", "name", "storage", "address", "json", "debug", "cpus_per_trial")
+    free = (
+        "study",
+        "resume",
+        "extend",
+        "name",
+        "storage",
+        "address",
+        "json",
+        "debug",
+        "cpus_per_trial",
+        "budget_gpu_hours",
+    )
     given = [name for name, value in vars(options).items() if name not in free and value != usual.get(name)]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)

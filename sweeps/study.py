@@ -38,6 +38,8 @@ ATTEMPTS = "attempts"
 FAILURE = "failure"
 """The class of what ended a trial that did not finish, e.g. ``diverged``; see `sweeps.trial`."""
 REASON = "reason"
+SECONDS = "seconds"
+"""Training seconds of the trial so far, all drivers and repeated epochs included."""
 WARM_START = "warm_start"
 """``sweep#number`` of the earlier sweep's trial that this one repeats; it was not run here."""
 
@@ -116,7 +118,9 @@ def make_sampler(name: str, seed: int, asked: int = 0) -> BaseSampler:
     A quasi-random sequence keeps its place in the study, so it keeps its seed.
     """
     mixed = int(np.random.SeedSequence((seed, asked)).generate_state(1)[0])
-    return SAMPLERS[name](seed if name == "qmc" else mixed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True: needed for branches
+        return SAMPLERS[name](seed if name == "qmc" else mixed)
 
 
 def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
