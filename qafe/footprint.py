@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from .config import Config
 from .errors import ConfigError
-from .losses import build_loss
+from .losses import BATCH_LOSSES, build_loss
 from .model.qafenet import build
 from .train import amp_dtype, build_optimizer
 
@@ -78,7 +78,9 @@ def training_memory(config: Config, device: torch.device | None = None) -> Estim
             heatmap = torch.empty(clips, channels, frames, heatmap_side, heatmap_side)
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
                 prediction = model(rgb, heatmap)
-            loss(prediction.float(), torch.empty(clips)).backward()
+            # A loss that compares the clips of a step sees them all, though they go through the model batch by batch.
+            passes = config.train.accumulate if config.train.loss in BATCH_LOSSES else 1
+            loss(prediction.float().repeat(passes), torch.empty(clips * passes)).backward()
         gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
         optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values()]

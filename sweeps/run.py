@@ -123,6 +123,8 @@ def _check_resumable(plan: Plan, sweep: Sweep, options: argparse.Namespace) -> N
         raise ConfigError(f"{plan.name} is a sweep of {plan.study}, not of {sweep.name}. Name that study.")
     if options.extend is not None and options.extend < 1:
         raise ConfigError(f"--extend must be at least 1, got {options.extend}. Name more trials.")
+    if options.budget_gpu_hours is not None and options.budget_gpu_hours <= 0:
+        raise ConfigError(f"--budget-gpu-hours must be greater than 0, got {options.budget_gpu_hours:g}. Name more.")
     usual = vars(_parser().parse_args([]))
     free = (
         "study",
