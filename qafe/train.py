@@ -53,7 +53,7 @@ class EpochResult:
         best_epoch: the epoch with the highest validation Spearman so far; of equals the lower MAE, then the
             earlier one.
         best_spearman: its Spearman.
-        seconds: of the epoch, evaluation included; clips_per_s: of its training part.
+        seconds: of the epoch, evaluation included; evaluation_s: of that part alone; clips_per_s: of its training part.
         peak_memory_mb: on the device where it is a GPU, else of the process.
         parameters: of the model.
 
@@ -68,6 +68,7 @@ class EpochResult:
     best_epoch: int
     best_spearman: float
     seconds: float
+    evaluation_s: float
     clips_per_s: float
     peak_memory_mb: float
     parameters: int
@@ -211,6 +212,7 @@ class _Run:
         self.ranks.spread_buffers(self.model)
         scores = _scores(self.model, validation, self.config, self.device)
         predictions = _array(self.ranks.gather(scores, len(self.validation_set)))
+        evaluated = time.perf_counter()
         values = metrics.evaluate(predictions, self.target)
         key = (values["spearman"], -values["mae"])
         if key > self.best_key:
@@ -225,6 +227,7 @@ class _Run:
             best_epoch=self.best_epoch,
             best_spearman=self.best_key[0],
             seconds=time.perf_counter() - started,
+            evaluation_s=evaluated - trained,
             clips_per_s=len(self.train_set) / (trained - started),
             peak_memory_mb=_peak_memory_mb(self.device),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),

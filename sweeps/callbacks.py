@@ -22,7 +22,7 @@ from . import checkpoints
 from .control import Control
 from .plan import Plan
 from .progress import PACE, Pace, Progress, duration, progress_of
-from .searcher import DIVERGED, FAILED_AS, FINISHED, OBJECTIVE, Pause, StudySearcher
+from .searcher import DIVERGED, FAILED_AS, FINISHED, OBJECTIVE, Closing, Pause, StudySearcher
 from .study import BY_HAND, REASON, own_trials, pareto_set
 from .trial import DATA, ROOM_POLL_S, TRACEBACK, has_room
 
@@ -81,7 +81,7 @@ class TrackTrials(Callback):
         elif failure and failure != DIVERGED:
             self._end(trial, "failed", failure, result.get(TRACEBACK, ""))
             if failure == DATA:
-                self.searcher.closed = result[REASON]
+                self.searcher.closed = Closing("data", result[REASON])
         elif failure:
             self._end(trial, "pruned", f"{failure}: {result[REASON]}", result.get(TRACEBACK, ""))
         else:
@@ -192,7 +192,8 @@ class StopWhenAsked(Stopper):
 
     def stop_all(self) -> bool:
         """Whether all trials should stop."""
-        return self.control.stopped or bool(self.searcher.closed) or self.pause.complete
+        closed = self.searcher.closed
+        return self.control.stopped or (closed is not None and closed.kind == "data") or self.pause.complete
 
 
 class MeasurePace(Callback):

@@ -34,7 +34,7 @@ from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
 from .live import LiveView
 from .notify import Outcome, notified
 from .plan import STUDY_FOLDER, Plan, clip_counts, source_tags, study_tags, sweep_params
-from .searcher import OBJECTIVE, Pause, StudyScheduler, StudySearcher
+from .searcher import OBJECTIVE, Pause, StudyScheduler, StudySearcher, budget_used
 from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
 from .sweep import Sweep
 from .trial import TrialPlan, train_trial
@@ -148,11 +148,14 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
         tracker.trial_ended(str(number), state, folder=checkpoints.last(folder, number), reason=reason)
     if budget_spent:
         give_up(searcher.study, "the sweep's time budget was spent")
-    elif searcher.closed:
-        raise QafeError(f"{searcher.closed} The sweep has stopped, for every trial would find it.")
-    elif running or len(own_trials(searcher.study)) < plan.trials:  # Ray Tune returns from Ctrl-C as if all was done
+    elif searcher.closed and searcher.closed.kind == "data":
+        raise QafeError(f"{searcher.closed.reason} The sweep has stopped, for every trial would find it.")
+    elif running or (
+        not searcher.closed and len(own_trials(searcher.study)) < plan.trials
+    ):  # Ray Tune returns from Ctrl-C as if all was done
         raise KeyboardInterrupt
-    return _report(plan, cohort, searcher.study, tracker, time.monotonic() - started)
+    ended_by = searcher.closed.reason if searcher.closed else ""
+    return _report(plan, cohort, searcher.study, tracker, time.monotonic() - started, ended_by)
 
 
 def _run_and_pause(
@@ -220,6 +223,9 @@ def _tune(
         threads=max(1, int(plan.cpus_per_trial)),
         gpus=plan.gpus_per_trial,
         folder=plan.folder,
+        trials=plan.trials,
+        cpus=plan.cpus_per_trial,
+        baseline_bytes=plan.baseline_bytes,
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
     main_thread = threading.current_thread() is threading.main_thread()
@@ -254,7 +260,9 @@ def _trial_name(trial: Any) -> str:
     return checkpoints.trial_name(trial.config["number"], trial.config["attempt"])
 
 
-def _report(plan: Plan, cohort: Cohort, study: optuna.Study, tracker: SweepTracker, seconds: float) -> dict[str, Any]:
+def _report(
+    plan: Plan, cohort: Cohort, study: optuna.Study, tracker: SweepTracker, seconds: float, ended_by: str
+) -> dict[str, Any]:
     """Tests the best trial once, writes the report and hands it to the tracker."""
     folder = Path(plan.folder)
     tracker.wait_until_sent(patience_s=60)
@@ -268,6 +276,8 @@ def _report(plan: Plan, cohort: Cohort, study: optuna.Study, tracker: SweepTrack
             f"See the failures in {plan.folder} and in the MLflow UI."
         )
     summary = report.sum_up(plan, cohort, trials, best, seconds)
+    summary["ended_by"] = ended_by
+    summary["training_hours"] = budget_used(study, plan)
     summary["mlflow"] = {"experiment_id": tracker.experiment_id, "run_id": tracker.run_ids().get("", "")}
     place = folder / REPORT_FOLDER
     unfinished = place.with_name(place.name + ".unfinished")

@@ -184,6 +184,8 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
         f"Best trial:       {best['trial']}, validation Spearman {best[OBJECTIVE]:.3f}"
         + _intervals(best["validation_interval"]),
     ]
+    if ended_by := summary.get("ended_by"):
+        lines.insert(1, f"Ended early:      {ended_by}")
     if band := summary["luck"]:
         beyond = best[OBJECTIVE] > band["threshold"]
         lines.append(

@@ -35,6 +35,7 @@ from tracking.pseudonyms import load_key
 from tracking.runs import sweep_exists
 
 from .folder import PLAN_FILE
+from .room import fitting, room_bytes, side_by_side, trial_bytes
 from .study import DIRECTIONS, GRID, LEARNERS, Objective, Sampler, Scheduler, make_sampler, read_study
 from .sweep import Sweep, trial_device
 
@@ -60,6 +61,8 @@ class Plan:
         study_storage: URL of the database that holds the study; empty for a file in the sweep's folder.
         keep_checkpoints: how many ended trials keep their best weights on disk.
         warm_start: folders of the earlier sweeps whose trials the study is given; see `sweeps.warm_start`.
+        budget_hours: of training: GPU-hours, or worker-hours where trials have no GPU; None is without limit.
+        baseline_bytes: memory that the baseline's training takes at its fullest, as estimated; 0 if it is not known.
     """
 
     id: str
@@ -84,6 +87,18 @@ class Plan:
     study_storage: str = ""
     keep_checkpoints: int = KEPT_CHECKPOINTS
     warm_start: tuple[str, ...] = ()
+    budget_hours: float | None = None
+    baseline_bytes: int = 0
+
+    @property
+    def device_share(self) -> float:
+        """Device-hours that an hour of one trial's training costs: its share of a GPU, or 1 for a CPU worker."""
+        return self.gpus_per_trial or 1.0
+
+    @property
+    def cost_unit(self) -> str:
+        """What `device_share` counts."""
+        return "GPU-hours" if self.gpus_per_trial > 0 else "worker-hours"
 
     def make_folder(self, source: str = "") -> None:
         """Makes the sweep's folder with the plan in it.
@@ -136,6 +151,25 @@ def make_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
     Raises:
         QafeError: a setting, the data, the tracking store, the resources or a name that is taken.
     """
+    plan = draft_plan(options, sweep, storage)
+    client = connect(plan.tracking_uri)
+    load_key()  # a damaged key is found now, not after the first trial
+    if options.name and sweep_exists(client, options.name):
+        raise _taken(options.name, masked(plan.tracking_uri))
+    storage.mkdir(parents=True, exist_ok=True)
+    if not options.name:
+        name = free_name(storage, sweep, lambda taken: sweep_exists(client, taken))
+        plan = dataclasses.replace(plan, name=name, folder=str(storage / name))
+    plan.make_folder(sweep.source)
+    return plan
+
+
+def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
+    """A new sweep's plan that is written nowhere: the tracking store is not asked, and no name is taken.
+
+    Raises:
+        QafeError: a setting, the data, the resources, a model too large for this machine, or a name that is taken.
+    """
     gpus = torch.cuda.device_count()
     if options.address and (options.preset is None or options.gpus_per_trial is None):
         raise ConfigError(
@@ -169,15 +203,11 @@ def make_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
         part = load_cohort(data_root, settings_of.data).only(expression)
         # Checks all that it needs, and is not asked for an epoch.
         fit(settings_of, part.store, part.train, part.validation, device=torch.device("cpu"))
-    uri = resolve_uri(options.tracking_uri)
-    client = connect(uri)
-    load_key()  # a damaged key is found now, not after the first trial
-    if name and sweep_exists(client, name):
-        raise _taken(name, masked(uri))
-    storage.mkdir(parents=True, exist_ok=True)
-    if not name:
-        name = free_name(storage, sweep, lambda taken: sweep_exists(client, taken))
-    plan = Plan(
+    baseline_bytes = 0
+    if not options.address:  # a cluster's memory is seen by its trials
+        baseline_bytes = _check_memory(config, options.cpus_per_trial, gpus_per_trial, trials, len(expressions))
+    name = name or free_name(storage, sweep, lambda _: False)
+    return Plan(
         id=uuid.uuid4().hex,
         name=name,
         study=sweep.name,
@@ -192,7 +222,7 @@ def make_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
         cpus_per_trial=options.cpus_per_trial,
         gpus_per_trial=gpus_per_trial,
         time_budget_s=options.time_budget,
-        tracking_uri=uri,
+        tracking_uri=resolve_uri(options.tracking_uri),
         grace_epochs=sweep.grace_epochs,
         scheduler=scheduler,
         sampler=sampler,
@@ -200,9 +230,24 @@ def make_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
         study_storage=options.study_storage or "",
         keep_checkpoints=options.keep_checkpoints,
         warm_start=warm_start,
+        budget_hours=options.budget_gpu_hours,
+        baseline_bytes=baseline_bytes,
     )
-    plan.make_folder(sweep.source)
-    return plan
+
+
+def _check_memory(config: Config, cpus: float, gpus: float, trials: int, models: int) -> int:
+    """What the baseline takes at its fullest, in bytes.
+
+    Raises:
+        ConfigError: not even a batch of one clip fits into a trial's share of this machine.
+    """
+    device = trial_device(gpus)
+    room = room_bytes(device, gpus, side_by_side(cpus, gpus, trials))
+    try:
+        fitting(config, device, room, models)
+    except MemoryError as err:
+        raise ConfigError(f"the baseline must fit in memory: {err}") from err
+    return trial_bytes(config, device, models)
 
 
 def planned_trials(sweep: Sweep, wanted: int | None, base: Config, pinned: frozenset[str]) -> int:
@@ -301,6 +346,7 @@ def _check_resources(options: argparse.Namespace, trials: int, gpus_per_trial: f
         ("--keep-checkpoints", options.keep_checkpoints),
         ("--cpus-per-trial", options.cpus_per_trial),
         ("--time-budget", 1 if options.time_budget is None else options.time_budget),
+        ("--budget-gpu-hours", 1 if options.budget_gpu_hours is None else options.budget_gpu_hours),
     ):
         if value <= 0:
             raise ConfigError(f"{name} must be greater than 0, got {value:g}. Name a larger number.")

@@ -14,9 +14,10 @@ from qafe import console
 from qafe.config import PRESETS
 from qafe.errors import ConfigError
 
+from . import estimate
 from .folder import STORAGE, find_sweep
 from .notify import check_url
-from .plan import KEPT_CHECKPOINTS, Plan, last_name, make_plan, planned_trials
+from .plan import KEPT_CHECKPOINTS, Plan, draft_plan, last_name, make_plan, planned_trials
 from .studies import STUDIES, find_study, planned_sweep
 from .study import DIRECTIONS, PRUNERS, SAMPLERS
 from .user_file import is_file_name
@@ -50,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-cache", action="store_true", help="keep no decoded frames on disk (data.cache_gb=0)")
     parser.add_argument("--trials", type=int, help="trials to run (default: the study's own)")
     parser.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no trial and stop all after this")
+    parser.add_argument(
+        "--budget-gpu-hours",
+        type=float,
+        metavar="HOURS",
+        help="start no trial that would not fit into this (hours of workers where trials have no GPU)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="measure briefly what the sweep would cost, and stop")
     parser.add_argument("--cpus-per-trial", type=float, default=1.0)
     parser.add_argument("--gpus-per-trial", type=float, help="may be a fraction (default: 1 where a GPU is, else 0)")
     parser.add_argument("--address", help="Ray cluster to join, e.g. auto (default: a local Ray)")
@@ -96,6 +104,11 @@ def _main(options: argparse.Namespace) -> int:
         existing = next((path for path in (folder, *folder.parents) if path.exists()), None) if folder else None
         if existing and not existing.is_dir():
             raise ConfigError(f"{name} must lie in a folder, {existing} is a file. Name another place.")
+    if options.dry_run and (options.resume or options.extend is not None):
+        raise ConfigError("--dry-run is for a new sweep, got it with --resume or --extend. Leave one of them out.")
+    if options.dry_run:
+        sweep = find_study(options.study)
+        return estimate.dry_run(draft_plan(options, sweep, storage), sweep, json_file=options.json)
     if options.resume or options.extend is not None:
         plan = Plan.load(storage / (options.name or last_name(storage, find_study(options.study))))
         sweep = planned_sweep(plan)
@@ -103,7 +116,9 @@ def _main(options: argparse.Namespace) -> int:
         if options.extend is not None:
             base, pinned = configs.from_json(plan.config_json), frozenset(plan.pinned)
             plan = dataclasses.replace(plan, trials=planned_trials(sweep, plan.trials + options.extend, base, pinned))
-            plan.save()
+        if options.budget_gpu_hours is not None:
+            plan = dataclasses.replace(plan, budget_hours=options.budget_gpu_hours)
+        plan.save()
     else:
         sweep = find_study(options.study)
         plan = make_plan(options, sweep, storage)
@@ -122,8 +137,11 @@ def _check_resumable(plan: Plan, options: argparse.Namespace) -> None:
         raise ConfigError(f"{plan.name} is a sweep of {plan.study}, not of {named}. Name that study.")
     if options.extend is not None and options.extend < 1:
         raise ConfigError(f"--extend must be at least 1, got {options.extend}. Name more trials.")
+    if options.budget_gpu_hours is not None and options.budget_gpu_hours <= 0:
+        raise ConfigError(f"--budget-gpu-hours must be greater than 0, got {options.budget_gpu_hours:g}. Name more.")
     usual = vars(_parser().parse_args([]))
-    free = ("study", "resume", "extend", "name", "storage", "address", "json", "notify", "debug", "cpus_per_trial")
+    kept = ("study", "name", "storage", "address", "cpus_per_trial")
+    free = (*kept, "resume", "extend", "json", "notify", "debug", "budget_gpu_hours")
     given = [name for name, value in vars(options).items() if name not in free and value != usual.get(name)]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)

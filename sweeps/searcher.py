@@ -9,7 +9,7 @@ new ones; the scheduler stops a trial when the study's pruner says so.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -52,6 +52,16 @@ VALUES = {"spearman": OBJECTIVE, "params": "params", "seconds": "epoch_s", "mae"
 """The result that each of the study's objectives is read from."""
 
 
+class Closing(NamedTuple):
+    """Why no trial is begun any more, though some are planned.
+
+    ``data``: a trial found what every trial would find. ``budget``: the hours of ``--budget-gpu-hours`` are used.
+    """
+
+    kind: Literal["data", "budget"]
+    reason: str
+
+
 class StudySearcher(Searcher):
     """Asks Optuna for each trial's settings and tells it what came of them.
 
@@ -76,8 +86,7 @@ class StudySearcher(Searcher):
         self._epochs: dict[int, int] = {}
         self._seconds: dict[int, float] = {}
         self._noted: dict[int, float] = {}
-        self.closed = ""
-        """Why no trial is begun any more, though some are planned."""
+        self.closed: Closing | None = None
         self.stopped_by_hand: set[int] = set()
         self.begin()
 
@@ -101,6 +110,16 @@ class StudySearcher(Searcher):
             frozen = self._interrupted.popleft()
             trial, epochs = optuna.Trial(self.study, frozen._trial_id), epochs_of(frozen)
         elif self.closed or self._begun >= self.plan.trials:
+            return str(Searcher.FINISHED)
+        elif not self._within_budget():
+            if self._open:
+                return None  # asked again later: one of them may be stopped early
+            used, unit = budget_used(self.study, self.plan), self.plan.cost_unit
+            self.closed = Closing(
+                "budget",
+                f"the budget of {self.plan.budget_hours:g} {unit} ended the sweep: {used:.3g} are used, and another "
+                f"trial would not fit ({self._begun} of {self.plan.trials} trials were begun).",
+            )
             return str(Searcher.FINISHED)
         else:
             trial, epochs = self.study.ask(), 0
@@ -167,6 +186,34 @@ class StudySearcher(Searcher):
             trial.set_user_attr(SECONDS, round(seconds, 3))
             self._noted[trial.number] = seconds
 
+    def _within_budget(self) -> bool:
+        """Whether another trial fits into the budget, beside what is used and what running trials may still need.
+
+        Running trials count as if none of them were stopped early, and the new one as much as ended ones took on
+        average; so all of the budget that early stopping saves goes to further trials. What a trial needs is not
+        known before the first epochs: as many as there are workers always begin.
+        """
+        if self.plan.budget_hours is None:
+            return True
+        trials = own_trials(self.study)
+        seconds_of = {t.number: self._seconds.get(t.number, t.user_attrs.get(SECONDS, 0.0)) for t in trials}
+        trained = [(t, seconds_of[t.number], epochs_of(t)) for t in trials if seconds_of[t.number]]
+        epochs = sum(heard for *_, heard in trained)
+        if not epochs:
+            return True
+        used_s = sum(seconds for _, seconds, _ in trained)
+        whole_s = self.base.train.epochs * used_s / epochs
+        pace_s = {trial.number: seconds / heard for trial, seconds, heard in trained if heard}
+        running_s = sum(
+            (self.base.train.epochs - epochs_of(trial)) * pace_s.get(trial.number, used_s / epochs)
+            for trial in trials
+            if trial.state == TrialState.RUNNING
+        )
+        ended = [seconds for trial, seconds, _ in trained if trial.state.is_finished()]
+        next_s = sum(ended) / len(ended) if ended else whole_s
+        needed_s: float = used_s + running_s + next_s
+        return needed_s * self.plan.device_share / 3600 <= self.plan.budget_hours
+
     def link(self, trial_id: str, run_id: str) -> None:
         """Notes the MLflow run of a running trial."""
         trial = self._open.get(trial_id)
@@ -181,6 +228,12 @@ class StudySearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the study is on disk already."""
+
+
+def budget_used(study: optuna.Study, plan: Plan) -> float:
+    """Hours of training so far, in the unit of ``plan.cost_unit``: over all trials and drivers of the sweep."""
+    seconds: float = sum(trial.user_attrs.get(SECONDS, 0.0) for trial in own_trials(study))
+    return seconds * plan.device_share / 3600
 
 
 class Pause(Callback):

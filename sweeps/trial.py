@@ -3,14 +3,14 @@
 It knows nothing of MLflow: the driver tracks what is reported here. What goes wrong has a class:
 
 diverged  the loss is not finite: the sweep counts the trial as pruned.
-memory    not even a batch of one clip fits.
+memory    not even a batch of one clip fits, as was foreseen before the first step or found in it.
 refused   settings or weights that cannot work: this trial fails, others may not.
 data      a clip or table that cannot be read: it will happen to every trial, so the sweep stops.
 error     anything else that is raised.
 lost      the worker or its node died more often than the driver is willing to start it again.
 
-Out of memory, the trial goes on with half the batch and twice the accumulation, so that the setting under test stays
-what it is. On a full disk it waits for room.
+A batch that will not fit is halved before the first step, and so is one that runs out of memory: half the batch and
+twice the accumulation, so that the setting under test stays what it is. On a full disk a trial waits for room.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from qafe.train import EpochResult, fit
 
 from .checkpoints import newest, seal
 from .control import FULL, Control
+from .room import fitting, room_bytes, side_by_side, surely_fits, with_half_the_batch
 from .searcher import DIVERGED, FAILED_AS, FINISHED, NO_SKILL, OBJECTIVE
 from .study import REASON
 from .sweep import trial_device
@@ -68,6 +69,10 @@ class TrialPlan:
     gpus: float
     folder: str
     """The sweep's."""
+    trials: int
+    cpus: float
+    baseline_bytes: int
+    """What the baseline takes at its fullest, found when the sweep was planned; 0 if it is not known."""
 
 
 def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
@@ -80,6 +85,7 @@ def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
     # The expressions train side by side: they share what one training would have. Numbers do not depend on it.
     config = configs.override(planned, {"data.workers": planned.data.workers // len(plan.expressions)})
     try:
+        config = _as_fits(config, plan)
         while not _trained(parameters, plan, config):
             smaller = with_half_the_batch(config)
             if smaller is None:
@@ -100,6 +106,19 @@ def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
         if "CUDA error" in str(err):
             raise  # this process has lost its GPU: Ray starts another
         _fail(ERROR, err)
+
+
+def _as_fits(config: Config, plan: TrialPlan) -> Config:
+    """The config with the batch that this machine has memory for.
+
+    Raises:
+        MemoryError: it has none for a single clip.
+    """
+    device, base = trial_device(plan.gpus), configs.from_json(plan.base_json)
+    room = room_bytes(device, plan.gpus, side_by_side(plan.cpus, plan.gpus, plan.trials))
+    if surely_fits(config, base, plan.baseline_bytes, room):
+        return config
+    return fitting(config, device, room, len(plan.expressions))
 
 
 def _fail(kind: str, err: Exception) -> None:
@@ -189,15 +208,6 @@ def has_room(folder: Path, size: int = 0) -> bool:
     """Whether so many bytes fit beside what is kept free for the sweep's own records."""
     usage = shutil.disk_usage(folder)
     return usage.free >= size + min(RESERVE_BYTES, int(RESERVE_SHARE * usage.total))
-
-
-def with_half_the_batch(config: Config) -> Config | None:
-    """The same steps of the same clips in smaller batches, or None if they cannot be smaller."""
-    batch, step = config.train.batch_size, config.train.batch_size * config.train.accumulate
-    if batch == 1:
-        return None
-    smaller = max(size for size in range(1, batch // 2 + 1) if step % size == 0)
-    return configs.override(config, {"train.batch_size": smaller, "train.accumulate": step // smaller})
 
 
 def out_of_memory(err: BaseException) -> bool:

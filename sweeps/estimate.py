@@ -1,0 +1,398 @@
+"""What a sweep would cost, before it starts: ``--dry-run`` trains for a minute and simulates the rest.
+
+Assumptions, all stated in its output: trials cost what the measured draws of the space cost on average (a sampler may
+come to prefer dearer ones); early stopping sees learning curves whose ranks persist from rung to rung, in an order
+that says nothing beforehand; the machine is as busy during the sweep as it was during the calibration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.pruners import BasePruner
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qafe import config as configs
+from qafe import console
+from qafe.config import Config
+from qafe.data.cohort import load_cohort
+from qafe.errors import QafeError
+from qafe.footprint import training_memory
+
+from . import calibration
+from .calibration import READY, Task, Timing
+from .plan import Plan, clip_counts
+from .room import process_bytes, room_bytes, side_by_side
+from .study import PRUNERS
+from .sweep import Suggester, Sweep, trial_device
+
+CALIBRATION_S = 60.0
+CONFIG_S = 10.0
+DRAWS = 200
+"""Sweeps that are simulated; fewer where one asks the pruner so often that it would take long."""
+PRUNER_CALLS = 30_000
+STARTUP_S = 12.0
+"""Ray's start and the first trial's worker, and at the end the test of the best trial and the report (measured on an
+idle machine of two cores); times the calibration's own start over its idle one, below."""
+IDLE_PROCESS_START_S = 4.0
+TRIAL_START_S = 0.4
+"""Ray's part of starting a trial on a worker that is there."""
+TRIAL_REPORT_S = 0.05
+"""Ray's and the study's part of an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Mean over simulated sweeps; hours are in the unit of ``plan.cost_unit``, low and high the middle 80 %."""
+
+    hours: float
+    low_hours: float
+    high_hours: float
+    wall_s: float
+    epochs: float
+    """Of all trials together."""
+
+
+def dry_run(plan: Plan, sweep: Sweep, *, json_file: Path | None = None) -> int:
+    """Prints what a planned sweep searches and would cost, and writes nothing but the ``--json`` file.
+
+    Raises:
+        QafeError: a calibrating process failed.
+    """
+    config = configs.from_json(plan.config_json)
+    timings, start_s = calibrate(plan, sweep)
+    found = summary(plan, sweep, config, timings, start_s)
+    print_summary(found)
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = json_file.with_name(json_file.name + ".unfinished")
+        unfinished.write_text(json.dumps(found, indent=2) + "\n")
+        unfinished.replace(json_file)
+    return 0
+
+
+def draw_configs(plan: Plan, sweep: Sweep, count: int) -> list[Config]:
+    """The baseline, and random draws of the space."""
+    base = configs.from_json(plan.config_json)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=plan.seed))
+    drawn = [base]
+    while len(drawn) < count:
+        trial = study.ask()
+        sweep.space(Suggester(trial, base, frozenset(plan.pinned)))
+        drawn.append(configs.override(base, trial.params))
+    return drawn
+
+
+def calibrate(
+    plan: Plan, sweep: Sweep, seconds: float = CALIBRATION_S, config_seconds: float = CONFIG_S
+) -> tuple[list[Timing], float]:
+    """Timings, the baseline's first, from as many processes as the sweep runs trials on this machine at once; and how
+    long a process took to start, in seconds.
+
+    Raises:
+        QafeError: a process failed.
+    """
+    workers = side_by_side(plan.cpus_per_trial, plan.gpus_per_trial, plan.trials)
+    each = max(1, int(2 * seconds / config_seconds))
+    drawn = draw_configs(plan, sweep, workers * each)
+    task = Task(
+        configs_json=(),
+        data_root=plan.data_root,
+        expressions=plan.expressions,
+        gpu=plan.gpus_per_trial > 0,
+        threads=max(1, int(plan.cpus_per_trial)),
+        seconds=seconds,
+        config_seconds=config_seconds,
+    )
+    started = time.monotonic()
+    processes = [_start(worker, plan) for worker in range(workers)]
+    try:
+        for worker, process in enumerate(processes):
+            own = tuple(configs.to_json(config) for config in drawn[worker::workers])
+            _send(process, json.dumps(dataclasses.asdict(dataclasses.replace(task, configs_json=own))))
+        for process in processes:
+            if _line(process).strip() != READY:
+                raise QafeError(f"the calibration's process did not start: {_error(process)}. See --debug.")
+        start_s = time.monotonic() - started
+        with console.progress(f"calibrating: {workers} trials side by side for about {seconds:.0f} s"):
+            for process in processes:
+                _send(process, "go")
+            found = []
+            for process in processes:
+                line = _line(process)
+                if not line:
+                    raise QafeError(f"the calibration failed: {_error(process)}")
+                found.append([Timing(**timing) for timing in json.loads(line)])
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    baseline, *rest = (timing for timings in found for timing in timings)
+    return [baseline, *rest], start_s
+
+
+def _start(worker: int, plan: Plan) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": str(max(1, int(plan.cpus_per_trial))),  # as Ray sets it
+    }
+    if plan.gpus_per_trial > 0:
+        gpus = torch.cuda.device_count()
+        each = max(1, int(plan.gpus_per_trial))
+        first = worker * each % gpus
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + each])
+    line = [sys.executable, "-m", calibration.__name__]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(line, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def _send(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    try:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+    except BrokenPipeError as err:
+        raise QafeError(f"the calibration's process has ended: {_error(process)}") from err
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def _error(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    lines = process.stderr.read().strip().splitlines()
+    return lines[-1] if lines else f"exit status {process.wait()}"
+
+
+def summary(plan: Plan, sweep: Sweep, config: Config, timings: Sequence[Timing], start_s: float) -> dict[str, Any]:
+    """The dry run as one JSON object."""
+    workers = side_by_side(plan.cpus_per_trial, plan.gpus_per_trial, plan.trials)
+    device = trial_device(plan.gpus_per_trial)
+    step = training_memory(config, device)
+    fixed_s = STARTUP_S * max(1.0, start_s / IDLE_PROCESS_START_S)
+    with_stopping = simulate(plan, config, timings, workers, fixed_s, PRUNERS[plan.scheduler])
+    without = simulate(plan, config, timings, workers, fixed_s, PRUNERS["none"])
+    cohort = load_cohort(plan.data_root, config.data)
+    epochs = [timing.epoch_s for timing in timings]
+    return {
+        "study": plan.study,
+        "preset": config.preset,
+        "expressions": list(plan.expressions),
+        "clips": clip_counts(cohort, plan.expressions),
+        "space": describe_space(sweep, config, frozenset(plan.pinned)),
+        "baseline": sweep.baseline(config, frozenset(plan.pinned)),
+        "resources": {
+            "trials": plan.trials,
+            "epochs": config.train.epochs,
+            "cpus_per_trial": plan.cpus_per_trial,
+            "gpus_per_trial": plan.gpus_per_trial,
+            "side_by_side": workers,
+            "device": device.type,
+        },
+        "epoch_s": {
+            "baseline": epochs[0],
+            "mean": float(np.mean(epochs)),
+            "low": min(epochs),
+            "high": max(epochs),
+            "configs": len(epochs),
+        },
+        "memory": {
+            "measured_mb": max(timing.peak_memory_mb for timing in timings),
+            "estimated_mb": process_bytes(step, config, device, len(plan.expressions)) / 2**20,
+            "estimated_step_mb": {
+                name: value / 2**20 for name, value in dataclasses.asdict(step).items() | {"total": step.total}.items()
+            },
+            "room_mb": room_bytes(device, plan.gpus_per_trial, workers) / 2**20,
+        },
+        "unit": plan.cost_unit,
+        "with_early_stopping": dataclasses.asdict(with_stopping),
+        "without_early_stopping": dataclasses.asdict(without),
+        "scheduler": plan.scheduler if len(plan.objectives) == 1 else "none",
+        "budget_hours": plan.budget_hours,
+        "process_start_s": start_s,
+        "load": os.getloadavg()[0],
+    }
+
+
+def simulate(
+    plan: Plan,
+    config: Config,
+    timings: Sequence[Timing],
+    workers: int,
+    fixed_s: float,
+    pruner: Callable[[int, int], BasePruner],
+) -> Cost:
+    """The expected cost of a sweep under a pruner of `PRUNERS`: means over random sweeps.
+
+    A trial takes the time of a random draw that was measured (the first: of the baseline), and all its epochs have
+    one random rank among the trials.
+    """
+    epochs = config.train.epochs
+    draws = max(20, min(DRAWS, PRUNER_CALLS // (plan.trials * epochs)))
+    rng = random.Random(plan.seed)
+    sweeps: list[tuple[float, float, int]] = []
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        for _ in range(draws):
+            stops = pruner(min(plan.grace_epochs, epochs), epochs)
+            sweeps.append(_simulate_once(plan.trials, epochs, timings, workers, stops, rng))
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    training_s, wall_s, counts = np.array(sweeps).T
+    hours = training_s * plan.device_share / 3600
+    return Cost(
+        hours=float(hours.mean()),
+        low_hours=float(np.quantile(hours, 0.1)),
+        high_hours=float(np.quantile(hours, 0.9)),
+        wall_s=fixed_s + float(np.mean(wall_s)),
+        epochs=float(np.mean(counts)),
+    )
+
+
+def _simulate_once(
+    trials: int, epochs: int, timings: Sequence[Timing], workers: int, pruner: BasePruner, rng: random.Random
+) -> tuple[float, float, int]:
+    """Training seconds, seconds on the clock and epochs of one random sweep: each worker takes trial after trial."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), pruner=pruner)
+    prunes = not isinstance(pruner, optuna.pruners.NopPruner)
+    free = [(0.0, place) for place in range(workers)]
+    heapq.heapify(free)
+    running: dict[int, tuple[optuna.Trial, Timing, float, int]] = {}
+    begun, training_s, end_s, count = 0, 0.0, 0.0, 0
+    while free:
+        now, place = heapq.heappop(free)
+        if place not in running:
+            if begun == trials:
+                continue
+            timing = timings[0] if begun == 0 else rng.choice(timings[1:] or timings)
+            running[place] = (study.ask(), timing, rng.random(), 0)
+            begun += 1
+            heapq.heappush(free, (now + TRIAL_START_S + timing.start_s, place))
+            continue
+        trial, timing, rank, epoch = running[place]
+        epoch += 1
+        took_s = timing.epoch_s + (timing.warm_up_s if epoch == 1 else 0.0)
+        training_s, count = training_s + took_s, count + 1
+        now += took_s + timing.save_s + TRIAL_REPORT_S
+        if prunes:
+            trial.report(rank, epoch)
+        if epoch == epochs:
+            study.tell(trial, rank)
+        elif prunes and trial.number > 0 and trial.should_prune():
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            running[place] = (trial, timing, rank, epoch)
+            heapq.heappush(free, (now, place))
+            continue
+        del running[place]
+        end_s = max(end_s, now)
+        heapq.heappush(free, (now, place))
+    return training_s, end_s, count
+
+
+class _Recorder(Suggester):
+    """Notes what a space asks for."""
+
+    def __init__(self, trial: optuna.Trial, base: Config, pinned: frozenset[str], found: dict[str, str]) -> None:
+        super().__init__(trial, base, pinned)
+        self.found = found
+
+    def _note(self, name: str, text: str) -> None:
+        if name not in self._fixed:
+            self.found[name] = text
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        self._note(name, ", ".join(map(str, choices)))
+        return super().suggest_categorical(name, choices)
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        self._note(name, f"{low} to {high}")
+        return super().suggest_int(name, low, high)
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        self._note(name, f"{low:g} to {high:g}" + (", logarithmic" if log else ""))
+        return super().suggest_float(name, low, high, log=log)
+
+
+def describe_space(sweep: Sweep, base: Config, pinned: frozenset[str]) -> dict[str, str]:
+    """Range or choices of every setting that is searched, on any branch (probed with random draws)."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    found: dict[str, str] = {}
+    for _ in range(200):
+        sweep.space(_Recorder(study.ask(), base, pinned, found))
+    return found
+
+
+def print_summary(found: dict[str, Any]) -> None:
+    """The dry run for people, on stdout."""
+    stdout = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
+    space = Table(title=f"space of {found['study']}", box=box.SIMPLE)
+    for name in ("setting", "range or choices", "baseline"):
+        space.add_column(name, overflow="fold")
+    for name, text in found["space"].items():
+        space.add_row(name, text, f"{found['baseline'][name]}")
+    stdout.print(space)
+    rows, memory, epoch = found["resources"], found["memory"], found["epoch_s"]
+    table = Table(title="cost of the sweep", box=box.SIMPLE, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("sweep", f"{rows['trials']} trials of up to {rows['epochs']} epochs, {found['preset']} preset, "
+                  f"{', '.join(found['expressions'])} "
+                  f"({', '.join(f'{count} {part}' for part, count in found['clips'].items())} clips)")  # fmt: skip
+    gpus = f" and {rows['gpus_per_trial']:g} GPU" if rows["gpus_per_trial"] else ""
+    table.add_row(
+        "resources per trial", f"{rows['cpus_per_trial']:g} CPU{gpus}; {rows['side_by_side']} side by side here"
+    )
+    table.add_row(
+        "seconds per epoch",
+        f"{epoch['baseline']:.2f} the baseline; {epoch['low']:.2f} to {epoch['high']:.2f}, mean {epoch['mean']:.2f}, "
+        f"over {epoch['configs']} measured configs",
+    )
+    table.add_row(
+        "peak memory",
+        f"{memory['measured_mb']:.0f} MB measured; {memory['estimated_mb']:.0f} MB estimated for the baseline; "
+        f"a trial may have {memory['room_mb']:.0f} MB",
+    )
+    for key, title in (("with_early_stopping", f"with {found['scheduler']}"), ("without_early_stopping", "without")):
+        cost = found[key]
+        table.add_row(
+            f"expected, {title}" + (" early stopping" if key.startswith("without") else ""),
+            f"{cost['hours']:.3g} {found['unit']} ({cost['low_hours']:.3g} to {cost['high_hours']:.3g}), "
+            f"{_duration(cost['wall_s'])} in all, {cost['epochs']:.0f} epochs",
+        )
+    if found["budget_hours"] is not None:
+        over = found["with_early_stopping"]["hours"] > found["budget_hours"]
+        table.add_row("budget", f"{found['budget_hours']:g} {found['unit']}: {'ends it early' if over else 'enough'}")
+    stdout.print(table)
+    stdout.print(
+        "Assumed: ranks of trials persist from rung to rung; trials cost what random draws cost; the machine is as "
+        f"busy as now (load {found['load']:.1f}). Nothing was written or tracked.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
