@@ -15,11 +15,12 @@ from qafe.config import Config, flatten, from_json, override, tiny
 from sweeps.calibration import Timing
 from sweeps.estimate import Cost, calibrate, describe_space, draw_configs, simulate
 from sweeps.plan import Plan, draft_plan
+from sweeps.progress import SECONDS
 from sweeps.room import fitting, side_by_side, surely_fits, with_half_the_batch
 from sweeps.run import _parser, main
 from sweeps.searcher import OBJECTIVE, StudySearcher, budget_used
 from sweeps.studies import STUDIES
-from sweeps.study import BASELINE, PRUNERS, SECONDS
+from sweeps.study import BASELINE, PRUNERS
 from sweeps.trial import TrialPlan, _as_fits
 from tests.conftest import QUICK_FLAGS
 from tests.sweeps.test_sweep import Sweep
