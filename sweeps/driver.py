@@ -337,6 +337,7 @@ def _ray(address: str | None) -> Iterator[None]:
             f"Ray must start, or answer at --address, got {type(err).__name__} from {address or 'this machine'}. "
             "Start a cluster with ray start --head, or leave --address out."
         ) from err
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a lost worker is said in one line, by us
     try:
         yield
     finally:

@@ -6,6 +6,8 @@ python -m tests.bench clips
 python -m tests.bench step [--preset small] [--batch4]
 python -m tests.bench --device cuda                heatmaps and steps on a GPU
 python -m tests.bench growth [--plot FILE.png]
+python -m tests.bench search                       epochs that a search needs, on a synthetic objective
+python -m tests.bench sweeps [--plot FILE.png]     what a sweep costs beside its training
 python -m tests.bench faces --models testpack --model-root DIR VIDEO [VIDEO ...]
 """
 
@@ -39,6 +41,8 @@ from .rounds import Found, Row
 
 WITHOUT_FILES = ("heatmaps", "clips", "step")
 ON_A_DEVICE = ("heatmaps", "step")
+PUBLISHED = ("published", "rewritten", "authors' code")
+"""Rivals that need no name in the table."""
 ROUNDS = {"step": 3}
 """Where it is not 5: a round of steps takes minutes."""
 
@@ -73,12 +77,16 @@ def _parser() -> argparse.ArgumentParser:
         )
         place.add_argument("--inner", action="store_true", default=default or False, help=argparse.SUPPRESS)
         place.add_argument("--device", default=default, help="heatmaps and steps on this device (cuda, cpu)")
-    subjects = parser.add_subparsers(dest="subject", metavar="heatmaps | clips | step | growth | faces")
+    subjects = parser.add_subparsers(dest="subject", metavar="SUBJECT")
     subjects.add_parser("heatmaps", parents=[common], help="landmarks -> heatmap frames")
     subjects.add_parser("clips", parents=[common], help="prepared dataset -> what the model reads")
     subjects.add_parser("step", parents=[common], help="a training step, inference, peak memory")
     sub = subjects.add_parser("growth", parents=[common], help="cost against clip length, batch, clips and workers")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, e.g. growth.png")
+    subjects.add_parser("search", parents=[common], help="epochs that TPE with ASHA needs, against random search")
+    sub = subjects.add_parser("sweeps", parents=[common], help="a sweep's time and memory beside its training")
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw memory and time over trials")
+    sub.add_argument("--trials", type=int, default=200, help="short ones (default: %(default)s)")
     sub = subjects.add_parser("faces", parents=[common], help="raw video -> crops and landmarks")
     sub.add_argument("videos", type=Path, nargs="+")
     sub.add_argument("--models", default="buffalo_l")
@@ -112,14 +120,15 @@ def _run(options: argparse.Namespace) -> int:
         _write(options.json, content)
         return 0
     said = []
-    if not options.published and not options.device and options.subject != "faces":
+    if not options.published and not options.device and options.subject in (None, *WITHOUT_FILES):
         recorded.attach(found.rows)
         kernel_s = recorded.kernel_cpu_s()
         content["rows"] = [row.as_json() for row in found.rows]
         content["recorded"] = {"source": recorded.SOURCE, "scaled": False, "kernel_cpu_s_here": kernel_s}
         said.append(recorded.sentence(kernel_s))
     wide.print(_table(found.rows))
-    for sentence in (_rivals(found.rows, options.published), *said, *(f"left out: {why}" for why in found.left_out)):
+    about = [_rivals(found.rows, options.published)] if options.subject not in ("search", "sweeps") else []
+    for sentence in (*about, *said, *(f"left out: {why}" for why in found.left_out)):
         wide.print(sentence, highlight=False)
     _write(options.json, content)
     return 0
@@ -150,6 +159,14 @@ def _found(options: argparse.Namespace) -> Found:
         from . import step
 
         return step.bench(preset, rounds, threads, options.batch4, options.published)
+    if subject == "search":
+        from . import search
+
+        return search.bench(rounds)
+    if subject == "sweeps":
+        from . import sweeps
+
+        return sweeps.bench(options.trials, figure=options.plot)
     from . import faces
 
     return Found(faces.bench(options.videos, options.models, options.model_root, rounds))
@@ -196,7 +213,7 @@ def _shown(value: float | None, quantity: str) -> str:
     if value is None:
         return ""
     if quantity != "s":
-        return f"{value:.2f} {quantity}"
+        return f"{value:.0f} {quantity}" if quantity == "epochs" else f"{value:.2f} {quantity}"
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
 
 
@@ -210,7 +227,7 @@ def _table(rows: list[Row]) -> Table:
             row.what,
             row.unit,
             _shown(statistics.median(row.ours), row.quantity),
-            f"{rival} ({row.rival_name})" if row.rival_name in ("wall", "recorded") else rival,
+            rival if row.rival_name in PUBLISHED or not rival else f"{rival} ({row.rival_name})",
             f"{statistics.median(ratios):.1f}x" if ratios else "",
             f"{min(ratios):.1f}-{max(ratios):.1f}x" if ratios else "",
             _shown(row.recorded, row.quantity),

@@ -3,6 +3,7 @@
 ``pytest -m faults``
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -70,12 +71,16 @@ def finish(process: subprocess.Popen[bytes], sweep: Sweep) -> None:
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """kill -9 of the driver; Ray's processes notice and end by themselves."""
-    family = psutil.Process(process.pid).children(recursive=True)
+    """kill -9 of the driver; the trials' workers notice and end by themselves."""
+    workers = workers_of(process)
+    rest = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
+    for each in rest:  # Ray's own agents may take minutes
+        with contextlib.suppress(psutil.Error):
+            each.kill()
 
 
 def everything_agrees(sweep: Sweep, planned: int = TRIALS) -> list[FrozenTrial]:
@@ -270,12 +275,44 @@ def test_the_clock_jumps(sweep: Sweep, faults: Path) -> None:
         as_if_undisturbed(sweep, trial)
 
 
-def test_a_whole_node_is_lost(sample_root: Path, tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cluster_environment(faults: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in obeying(faults).items():
         monkeypatch.setenv(name, value)
     for name, value in {"period_ms": "1000", "failure_threshold": "3", "timeout_ms": "2000"}.items():
         monkeypatch.setenv(f"RAY_health_check_{name}", value)
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
+
+
+@pytest.mark.usefixtures("cluster_environment")
+def test_halves_of_gpus_on_two_nodes(sample_root: Path, tmp_path: Path, faults: Path) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1}, connect=True)
+    flags = ["--trials", "4", "--set", "train.epochs=12", "--scheduler", "none"]
+    flags += ["--address", cluster.address, "--preset", "tiny", "--gpus-per-trial", "0.5"]
+    sweep = Sweep(tmp_path, sample_root, *flags, **obeying(faults))
+    try:
+        cluster.add_node(num_cpus=2, num_gpus=1)
+        cluster.wait_for_nodes()
+        process = sweep.start()
+        full = False
+        while process.poll() is None and not full:
+            free = ray._private.state.available_resources_per_node().values()
+            full = len(free) == 2 and all(node.get("GPU", 0) == 0 for node in free)
+            time.sleep(0.5)
+        assert full, sweep.text  # four trials, two on each node
+        finish(process, sweep)
+        everything_agrees(sweep, 4)
+    finally:
+        end(sweep)
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.usefixtures("cluster_environment")
+def test_a_whole_node_is_lost(sample_root: Path, tmp_path: Path, faults: Path) -> None:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
