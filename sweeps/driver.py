@@ -77,8 +77,8 @@ def run_sweep(
         with notified(notify, plan) as outcome:
             with (
                 _only_driver(folder, outcome),
-                _terminated_as_interrupted(),
                 _ray(address),
+                _terminated_as_interrupted(),
                 _tracked(plan, cohort) as tracker,
             ):
                 summary = outcome.summary = _search(plan, sweep, cohort, tracker)
@@ -346,7 +346,10 @@ def _ray(address: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Within the block, SIGTERM ends the sweep as Ctrl-C does: its runs are closed and it can go on later."""
+    """Within the block, SIGTERM ends the sweep as Ctrl-C does: its runs are closed and it can go on later.
+
+    Ray must have started before: it sets a handler of its own, which ends the process at once.
+    """
 
     def interrupt(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)

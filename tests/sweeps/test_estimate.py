@@ -207,6 +207,7 @@ def test_hours_of_an_earlier_driver_count(searcher: StudySearcher) -> None:
     assert optuna.trial.TrialState.RUNNING not in {trial.state for trial in resumed.study.trials}
 
 
+@pytest.mark.slow
 def test_a_spent_budget_ends_the_sweep_with_its_report(sample_root: Path, tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, sample_root, "--trials", "50", "--budget-gpu-hours", "0.0003", "--preset", "tiny")
     sweep.run()

@@ -205,6 +205,7 @@ def test_ctrl_c_closes_the_runs_and_resume_finishes_them(interrupted: Sweep) -> 
     assert "s-1 is complete" in sweep.text
 
 
+@pytest.mark.slow
 def test_a_spent_time_budget_ends_the_sweep_with_its_report(sample_root: Path, tmp_path: Path) -> None:
     flags = ("--trials", "500", "--time-budget", "60", "--set", "train.epochs=1")
     sweep = Sweep(tmp_path, sample_root, *flags)
