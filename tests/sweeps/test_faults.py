@@ -33,7 +33,7 @@ from tests.tracking.stores import free_port, server
 pytestmark = pytest.mark.faults
 
 EPOCHS = 12
-TRIALS = 3
+TRIALS = 2
 FLAGS = ["--trials", str(TRIALS), "--set", f"train.epochs={EPOCHS}", "--scheduler", "none"]
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
