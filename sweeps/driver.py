@@ -30,6 +30,7 @@ from tracking.runs import SPOOL_FILE, SweepTracker, TrialState
 from . import checkpoints, page, report
 from .callbacks import KeepCheckpoints, MeasurePace, StopWhenAsked, TellPeople, TrackTrials, WaitForRoom, say
 from .control import Control
+from .executor import probe
 from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
 from .live import LiveView
 from .notify import Outcome, notified
@@ -331,8 +332,10 @@ def _only_driver(folder: Path, outcome: Outcome) -> Iterator[None]:
 def _ray(address: str | None) -> Iterator[None]:
     """A Ray to run on: the cluster at an address, or one of our own on this machine that listens to nobody else."""
     try:
+        if address:
+            probe(address)
         ray.init(address=address or "local", log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as err:
+    except (OSError, ValueError, RuntimeError) as err:
         raise ConfigError(
             f"Ray must start, or answer at --address, got {type(err).__name__} from {address or 'this machine'}. "
             "Start a cluster with ray start --head, or leave --address out."

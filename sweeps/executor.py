@@ -27,10 +27,8 @@ class RayExecutor(Executor):
     """
 
     def __init__(self, address: str) -> None:
-        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
-            if host and port.isdecimal():  # where nobody listens, Ray itself would try for minutes
-                socket.create_connection((host, int(port)), timeout=10).close()
+            probe(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError, RayError) as err:
             raise ConfigError(
@@ -62,6 +60,13 @@ class RayExecutor(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Leaves the cluster; what still runs there is given up."""
         ray.shutdown()
+
+
+def probe(address: str) -> None:
+    """Raises OSError where nobody listens at a host and port: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Exception | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +100,11 @@ def _main(options: argparse.Namespace) -> int:
         raise ConfigError(f"a sweep needs a study: {', '.join(STUDIES)}. Write python -m sweeps.run fusion_search.")
     if options.notify is not None:
         check_url(options.notify)
+    if options.storage and re.match(r"[a-z0-9]+:/", str(options.storage)):
+        raise ConfigError(
+            f"--storage must be a folder that all workers see, got the URL {options.storage}. Mount the bucket "
+            "and name the folder."
+        )
     storage = (options.storage or STORAGE.expanduser()).resolve()
     for name, folder in (("--storage", storage), ("--json", options.json and options.json.resolve().parent)):
         existing = next((path for path in (folder, *folder.parents) if path.exists()), None) if folder else None

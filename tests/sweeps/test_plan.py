@@ -32,3 +32,8 @@ def test_a_resumed_sweep_keeps_its_cache(
     assert main([*line, *flags]) == 0
     assert main([*line, "--resume", "--no-cache"]) == 2
     assert "--no-cache with --resume" in capsys.readouterr().err
+
+
+def test_a_bucket_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fusion_search", "--storage", "s3://bucket/sweeps"]) == 2
+    assert "Mount the bucket" in capsys.readouterr().err

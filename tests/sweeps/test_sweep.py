@@ -225,6 +225,8 @@ def test_a_spent_time_budget_ends_the_sweep_with_its_report(sample_root: Path, t
         (["fusion_search", "--set", "model.fusion.layer=2"], "Did you mean model.fusion.layers"),
         (["fusion_search", "--data-root", "nowhere"], "nowhere"),
         (["fusion_search", "--trials", "0"], "--trials must be greater than 0"),
+        (["fusion_search", "--scheduler", "asha", "--objectives", "spearman,mae"], "Use --scheduler none"),
+        (["fusion_search", "--objectives", "speed"], "objectives begin with spearman"),
         (["fusion_search", "--cpus-per-trial", "999"], "--cpus-per-trial must lie between 0 and"),
         (["fusion_search", "--seed", "-1"], "--seed must not be negative"),
         (["fusion_search", "--name", "it's"], "a sweep's name is made of letters"),
