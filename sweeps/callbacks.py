@@ -79,7 +79,8 @@ class TrackTrials(Callback):
         if result.get(FINISHED):
             self._end(trial, "finished", "")
         elif failure and failure != DIVERGED:
-            self._end(trial, "failed", failure, result.get(TRACEBACK, ""))
+            kind = result[REASON].partition(":")[0]  # the error's class: its message may name a patient's file
+            self._end(trial, "failed", f"{failure}: {kind}", result.get(TRACEBACK, ""))
             if failure == DATA:
                 self.searcher.closed = Closing("data", result[REASON])
         elif failure:

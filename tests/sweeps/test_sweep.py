@@ -268,17 +268,18 @@ def test_a_used_name_is_refused(
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_damaged_clip_fails_its_trials_at_once_and_names_nobody(sample_root: Path, tmp_path: Path) -> None:
+def test_a_damaged_clip_stops_the_sweep_at_once_and_names_nobody(sample_root: Path, tmp_path: Path) -> None:
     shutil.copytree(sample_root, tmp_path / "data")
     frames = sorted((tmp_path / "data" / "frames").glob("*/*smile*/*.jpg"))
     for frame in frames:
         frame.write_bytes(frame.read_bytes()[:400])
     sweep = Sweep(tmp_path, tmp_path / "data", "--trials", "2")
     assert sweep.start().wait(timeout=300) == 2
-    assert "failed: MediaError" in sweep.text
-    assert "needs one finished trial" in sweep.text
+    assert "failed (data): MediaError" in sweep.text
+    assert "The sweep has stopped, for every trial would find it." in sweep.text
     runs = sweep.runs()
-    assert {run.info.status for run in runs.values()} == {"FAILED"}
+    assert runs["s-1"].info.status == "FAILED"
+    assert "FAILED" in {run.info.status for name, run in runs.items() if name != "s-1"} <= {"FAILED", "KILLED"}
     everything = json.dumps([[run.data.params, run.data.tags] for run in runs.values()])
     assert "MediaError" in everything
     patients = [path.name for path in (sample_root / "frames").iterdir()]
