@@ -152,6 +152,7 @@ def test_registry_mistakes_get_one_line(champion: Sweep, line: list[str], words:
     assert words in refused.stderr
 
 
+@pytest.mark.faults
 def test_a_killed_worker_costs_nothing(sample_root: Path, tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, sample_root, "--trials", "2", "--set", "train.epochs=30", "--cpus-per-trial", "1")
     process = sweep.start()
@@ -286,6 +287,7 @@ def test_a_damaged_clip_stops_the_sweep_at_once_and_names_nobody(sample_root: Pa
     assert not [name for name in patients if f"{name}/" in everything or f"/{name}" in everything]
 
 
+@pytest.mark.slow
 def test_luck_is_found_out_on_shuffled_labels(sample_root: Path, tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, sample_root, "--trials", "3", "--set", "data.shuffle_labels=true")
     sweep.run()
