@@ -48,7 +48,7 @@ DRAWS = 200
 """Sweeps that are simulated; fewer where one asks the pruner so often that it would take long."""
 PRUNER_CALLS = 30_000
 STARTUP_S = 12.0
-"""Ray's start and the first trial's worker, and at the end the test of the best trial and the report (measured on an
+"""Ray's start and the first trial's worker, and at the end the test of the best trial and the report (assumed of an
 idle machine of two cores); times the calibration's own start over its idle one, below."""
 IDLE_PROCESS_START_S = 4.0
 TRIAL_START_S = 0.4
