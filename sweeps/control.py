@@ -75,7 +75,7 @@ class Control:
 
     @property
     def paused(self) -> bool:
-        """Whether no trial should run for now."""
+        """Whether people have asked that no trial runs until they say so."""
         return PAUSE in self._now()
 
     @property
