@@ -28,7 +28,8 @@ import qafe.train
 from qafe.config import Config, override, paper, small
 from qafe.data import heatmap
 from qafe.data.cohort import load_cohort
-from qafe.data.dataset import RGB_MEAN, RGB_STD, ClipDataset, _normalised, collate, model_inputs, resized_px
+from qafe.data.dataset import ClipDataset, collate, model_inputs, resized_px
+from qafe.data.frames import RGB_MEAN, RGB_STD, normalised
 from qafe.data.manifest import read_manifest
 from qafe.data.sample import SampleConfig, make_sample
 from qafe.memory import freed_memory_kept
@@ -136,8 +137,8 @@ def _parts(dataset: ClipDataset, config: Config, rounds: int) -> str:
     assert batch.points is not None
     resized = resized_px(config.model.heatmap.size_px, config.data.augment)
     calls: dict[str, Callable[[], object]] = {
-        "read and crop": lambda: collate([dataset[0]]),
-        "normalise": lambda: _normalised(batch.rgb),
+        "read": lambda: collate([dataset[0]]),
+        "crop and normalise": lambda: normalised(batch.frames),
         "draw heatmaps": lambda: heatmap.render(batch.points, config.data.heatmap, resize_px=resized),
     }
     times = {name: statistics.median(_cpu_s(call) for _ in range(rounds)) for name, call in calls.items()}
