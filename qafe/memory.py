@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
-_KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
-"""glibc's mallopt(3) parameters: no mapping of its own for a large block, and no giving back of the heap's end."""
+_KEEP = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}
+"""glibc's mallopt(3) parameters: no mapping of its own for a large block, and no giving back of the heap's end (-1:
+however much of it is free; a backward pass leaves more than the largest number that mallopt takes)."""
 
 _lock = threading.Lock()
 _inside = 0
