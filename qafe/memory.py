@@ -23,8 +23,9 @@ def freed_memory_kept(wanted: bool = True) -> Iterator[None]:
 
     A training step on a CPU allocates and frees some gigabytes of activations. glibc maps each large block anew, so
     that the kernel clears every page again in every step: a fifth of the step's CPU time of the `paper` preset, more
-    where processes compete. The price is a heap with holes, up to 1.4 times the peak memory. Does nothing where the
-    C library is not glibc. Blocks may be nested and may overlap in threads; the last one to end restores.
+    where processes compete. The price is a heap with holes, and more peak memory. (torch's pages of 2 MiB,
+    THP_MEM_ALLOC_ENABLE, make the holes larger: blocks on their borders do not fit where others were.) Does nothing
+    where the C library is not glibc. Blocks may be nested and may overlap in threads; the last one to end restores.
     """
     global _inside
     libc = _glibc() if wanted else None

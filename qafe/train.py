@@ -354,12 +354,14 @@ class _Run:
 
 def predict(model: QAFENet, dataset: ClipDataset, config: Config, device: torch.device) -> np.ndarray:
     """Scores [N] of a dataset's evaluation clips, in its order, batch by batch."""
-    return _array(_scores(model, _evaluation_loader(dataset, config, device), config, device))
+    with freed_memory_kept(device.type == "cpu"):
+        return _array(_scores(model, _evaluation_loader(dataset, config, device), config, device))
 
 
 def score_batch(model: QAFENet, batch: ClipBatch, config: Config, device: torch.device) -> np.ndarray:
     """Scores [B] of a batch in full float32 on every device: cuDNN's TF32 has three decimals."""
-    return _array(_score(model, batch, config, device))
+    with freed_memory_kept(device.type == "cpu"):
+        return _array(_score(model, batch, config, device))
 
 
 @torch.inference_mode()

@@ -27,15 +27,18 @@ def max_pool(x: Float[Tensor, "N C H W"], *, stride: int) -> Float[Tensor, "N C 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
-        parts = []
-        for part in torch.split(x, max(1, _CHUNK_VALUES // max(1, x[0].numel()))):
-            last = part.contiguous(memory_format=torch.channels_last)
-            y, indices = F.max_pool2d(last, 3, stride=stride, padding=1, return_indices=True)
-            parts.append((y.contiguous(), indices.contiguous()))
-        whole, places = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        size = [(side - 1) // stride + 1 for side in x.shape[-2:]]
+        y = x.new_empty(*x.shape[:2], *size)
+        places = torch.empty_like(y, dtype=torch.int64)
+        frames = max(1, _CHUNK_VALUES // max(1, x[0].numel()))
+        for some, *out in zip(*(whole.split(frames) for whole in (x, y, places)), strict=True):
+            last = some.contiguous(memory_format=torch.channels_last)
+            found = F.max_pool2d(last, 3, stride=stride, padding=1, return_indices=True)
+            for part, values in zip(out, found, strict=True):
+                part.copy_(values)
         ctx.stride, ctx.shape = stride, x.shape
         ctx.save_for_backward(places)
-        return whole
+        return y
 
     @staticmethod
     @once_differentiable
