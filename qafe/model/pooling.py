@@ -31,7 +31,7 @@ class _MaxPool(torch.autograd.Function):
         y = x.new_empty(*x.shape[:2], *size)
         places = torch.empty_like(y, dtype=torch.int64)
         frames = max(1, _CHUNK_VALUES // max(1, x[0].numel()))
-        for some, *out in zip(*(whole.split(frames) for whole in (x, y, places)), strict=True):
+        for some, *out in zip(*(torch.split(whole, frames) for whole in (x, y, places)), strict=True):
             last = some.contiguous(memory_format=torch.channels_last)
             found = F.max_pool2d(last, 3, stride=stride, padding=1, return_indices=True)
             for part, values in zip(out, found, strict=True):
