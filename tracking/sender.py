@@ -21,6 +21,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, 
 from mlflow.exceptions import MlflowException
 
 from qafe.errors import TrackingError
+from qafe.history import read_history
 
 from . import figures
 from .connection import connect, embedded_path, masked
@@ -51,6 +52,7 @@ BATCH_TEXTS = 100
 WAITS = (401, 403, 408, 429, 499)
 """Refusals that may end without a change to what was sent: a password, a right, a busy server."""
 MODEL_TYPE = "qafe-net"
+MODEL_METRICS = ("spearman", "spearman_low", "spearman_high", "mae", "pearson")
 Item = Metric | Param | RunTag
 
 
@@ -304,6 +306,8 @@ class Sender:
                     logger.warning("run %s gets no files: %s", run_id, err)
                 else:
                     client.log_artifacts(run_id, str(folder))
+                    if entry["state"] == "finished":
+                        self._model(client, run_id, Path(entry["folder"]))
         if entry.get("trace"):
             client.log_text(run_id, entry["trace"], FAILURE_FILE)
         tags = {STATE_TAG: entry["state"]}
@@ -312,29 +316,26 @@ class Sender:
         if entry["state"] == "pruned":
             tags[PRUNED_TAG] = str(entry.get("epochs", 0))
         self._log(client, trial, [RunTag(name, value) for name, value in tags.items()])
-        if entry.get("model"):
-            self._model(client, run_id, entry["model"])
         client.set_terminated(run_id, status=MLFLOW_STATUS[entry["state"]], end_time=entry["time"])
         self.ended.add(trial)
 
-    def _model(self, client: MlflowClient, run_id: str, about: Mapping[str, Any]) -> None:
-        """The run's best weights as a model that MLflow's UI lists, with the numbers of their epoch."""
+    def _model(self, client: MlflowClient, run_id: str, checkpoint: Path) -> None:
+        """The run's best weights as a model that MLflow's UI lists, with the run's own numbers of their epoch."""
+        step = max(entry.best_epoch for entry in read_history(checkpoint).values())
         found = client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'")
         model = next((each for each in found if each.model_type == MODEL_TYPE), None)
         if model is None:
+            weights = {CHECKPOINT_TAG: f"runs:/{run_id}/{figures.CHECKPOINT_FOLDER}"}
             model = client.create_logged_model(
-                self.experiment_id,
-                name=about["name"],
-                source_run_id=run_id,
-                tags={CHECKPOINT_TAG: f"runs:/{run_id}/{figures.CHECKPOINT_FOLDER}"},
-                params=about["params"],
-                model_type=MODEL_TYPE,
+                self.experiment_id, name=MODEL_TYPE, source_run_id=run_id, tags=weights, model_type=MODEL_TYPE
             )
-        step, moment, model_id = about["step"], about["time"], model.model_id
-        rows = [Metric(name, value, moment, step, model_id=model_id) for name, value in about["metrics"].items()]
-        client.log_batch(run_id, metrics=rows)
-        client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
-        client.finalize_logged_model(model_id, "READY")
+        # The very rows that the run has: a row of another time would be one more step there.
+        rows = [row for name in MODEL_METRICS for row in client.get_metric_history(run_id, name) if row.step == step]
+        linked = [Metric(row.key, row.value, row.timestamp, row.step, model_id=model.model_id) for row in rows]
+        if linked:
+            client.log_batch(run_id, metrics=linked)
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+        client.finalize_logged_model(model.model_id, "READY")
 
     def _sweep_files(self, client: MlflowClient, entry: Entry) -> None:
         with self._guard_of_sweep().cleaned(Path(entry["folder"])) as folder:

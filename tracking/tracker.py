@@ -116,15 +116,11 @@ class SweepTracker:
         folder: Path | None,
         reason: str = "",
         trace: str = "",
-        model: Mapping[str, Any] | None = None,
     ) -> None:
         """A trial's final state; folder is its last checkpoint, from which artifacts and figures are made, and trace
         the traceback of what ended it (``failure.txt``).
 
         A trial that was planned and never started has no run to end.
-
-        Args:
-            model: of the best weights: their ``name``, ``step`` (epoch), ``metrics`` and ``params``.
         """
         if trial not in self._started:
             return
@@ -137,7 +133,6 @@ class SweepTracker:
             reason=reason,
             trace=trace,
             epochs=max((step for number, step in self._seen if number == trial), default=0),
-            model=dict(model) if model else None,
         )
 
     def trial_tags(self, trial: str, tags: Mapping[str, str]) -> None:
