@@ -162,8 +162,11 @@ class Guard:
         """Takes names out of a folder's texts, and deletes the files that must stay."""
         if not self.on:
             return
-        for path in sorted(folder.rglob("*")):
-            if path.is_symlink() or (path.is_file() and not self._may_leave(path, str(path.relative_to(folder)))):
+        for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what is in it
+            if path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(OSError):  # not empty
+                    path.rmdir()
+            elif path.is_symlink() or not self._may_leave(path, str(path.relative_to(folder))):
                 path.unlink()
                 self._say("a file is kept back")
 
