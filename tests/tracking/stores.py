@@ -26,9 +26,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(folder: Path, port: int) -> Iterator[str]:
-    """An MLflow server over a folder's embedded store; ended with the block."""
-    line = command(embedded(folder), folder / "mlartifacts", "127.0.0.1", port)
+def server(folder: Path, port: int, backend: str = "") -> Iterator[str]:
+    """An MLflow server over a folder's embedded store, or another; ended with the block."""
+    line = command(backend or embedded(folder), folder / "mlartifacts", "127.0.0.1", port)
     log = open(folder / "server.log", "ab")  # noqa: SIM115
     process = subprocess.Popen(line, cwd=folder, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
     try:
