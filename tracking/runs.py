@@ -20,6 +20,7 @@ from mlflow.entities import Run
 from qafe import console
 from qafe.errors import TrackingError
 
+from .connection import masked
 from .sender import Sender
 from .spool import Spool
 from .tags import STATE_TAG, SWEEP_ID_TAG, SWEEP_ITSELF, SWEEP_TAG, TRIAL_TAG, TrialState
@@ -36,6 +37,7 @@ __all__ = [
     "replay",
     "search_sweep",
     "sweep_exists",
+    "sweep_runs",
 ]
 LARGEST_SWEEP = 50_000
 
@@ -59,6 +61,27 @@ def search_sweep(client: MlflowClient, tag: str, value: str) -> list[Run]:
         raise TrackingError(f"a sweep's name has only letters, digits and . _ -, got {value!r}. Name another sweep.")
     experiments = [found.experiment_id for found in client.search_experiments()]
     return list(client.search_runs(experiments, f"tags.`{tag}` = '{value}'", max_results=LARGEST_SWEEP))
+
+
+def sweep_runs(client: MlflowClient, sweep: str) -> list[Run]:
+    """All runs of one sweep, by its name where no other has it, or by its id.
+
+    Raises:
+        TrackingError: there is no such sweep, or several.
+    """
+    runs = search_sweep(client, SWEEP_TAG, sweep) or search_sweep(client, SWEEP_ID_TAG, sweep)
+    if not runs:
+        raise TrackingError(
+            f"a sweep must be in the tracking store, {sweep!r} is not in {masked(client.tracking_uri)}. "
+            "See the qafe.sweep tags in the MLflow UI."
+        )
+    ids = sorted({run.data.tags.get(SWEEP_ID_TAG, "") for run in runs})
+    if len(ids) > 1:
+        raise TrackingError(
+            f"a sweep is named where no other has its name, {len(ids)} have the name {sweep}. "
+            f"Give the {SWEEP_ID_TAG} tag of yours instead: {', '.join(ids)}."
+        )
+    return runs
 
 
 class Replayed(NamedTuple):

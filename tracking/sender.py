@@ -33,6 +33,7 @@ from .tags import (
     EXPERIMENT_TAGS,
     IDENTIFIABLE_TAG,
     MLFLOW_STATUS,
+    MODEL_TYPE,
     PRUNED_TAG,
     REASON_TAG,
     SPLIT_TAG,
@@ -51,7 +52,6 @@ BATCH_TEXTS = 100
 """MLflow's limits of one request: metrics, params and tags together; params, and tags."""
 WAITS = (401, 403, 408, 429, 499)
 """Refusals that may end without a change to what was sent: a password, a right, a busy server."""
-MODEL_TYPE = "qafe-net"
 MODEL_METRICS = ("spearman", "spearman_low", "spearman_high", "mae", "pearson")
 Item = Metric | Param | RunTag
 
@@ -219,7 +219,7 @@ class Sender:
             opened = self._opening()
             client = connect(opened["uri"])
             name = self._guard_of_sweep().text(opened["experiment"])
-            self.experiment_id = _experiment(client, name, opened["uri"])
+            self.experiment_id = experiment_id(client, name, opened["uri"])
             self._client = client
         return self._client
 
@@ -399,7 +399,8 @@ def _dataset_input(data: Mapping[str, Any], split: str) -> DatasetInput:
     return DatasetInput(dataset=entity, tags=[InputTag(name, value) for name, value in tags.items()])
 
 
-def _experiment(client: MlflowClient, name: str, uri: str) -> str:
+def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    """The experiment of this name; made where it is not there, brought back where it was deleted."""
     found = client.get_experiment_by_name(name)
     if found is None:
         store = embedded_path(uri)

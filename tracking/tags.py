@@ -25,3 +25,5 @@ MLFLOW_STATUS: dict[str, str] = {
 }
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Makes the MLflow UI open the model training views, not those for language models."""
+MODEL_TYPE = "qafe-net"
+"""Of the models that MLflow lists."""
