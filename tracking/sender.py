@@ -406,7 +406,13 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
         store = embedded_path(uri)
         # MLflow's own default is mlruns in the current folder, which is another one in the next process.
         beside = (store.parent / "mlruns" / name).as_uri() if store else None
-        return str(client.create_experiment(name, artifact_location=beside, tags=EXPERIMENT_TAGS))
+        try:
+            return str(client.create_experiment(name, artifact_location=beside, tags=EXPERIMENT_TAGS))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            # another sweep has just made it
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)

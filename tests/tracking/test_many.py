@@ -37,7 +37,7 @@ def test_eight_processes_at_once_lose_no_row(tmp_path: Path, backend: str) -> No
         several = [
             subprocess.Popen([*line, name], stdout=log, stderr=log) for name, log in zip(names, logs, strict=True)
         ]
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not all((tmp_path / f"{name}.ready").exists() for name in names) and time.monotonic() < deadline:
             time.sleep(0.1)
         (tmp_path / "go").touch()
