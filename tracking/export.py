@@ -90,6 +90,7 @@ def bring(client: MlflowClient, folder: Path) -> int:
         TrackingError: the folder is no exported sweep.
     """
     tree = _read(folder)
+    mlflow.set_tracking_uri(client.tracking_uri)  # an embedded registry asks it for models
     rows: dict[str, list[Metric]] = {}
     with open(folder / "metrics.csv", newline="") as table:
         for row in csv.DictReader(table):

@@ -2,9 +2,11 @@
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
@@ -14,6 +16,14 @@ from tracking.export import main
 
 from .stores import embedded
 from .test_runs import checkpoint, open_tracker, runs_of  # noqa: F401 (a fixture)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_uri() -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MLFLOW_TRACKING_URI", "")  # mlflow.set_tracking_uri sets it: undone after the tests
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +55,7 @@ def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:  #
     client.log_model_artifacts(logged.model_id, str(folder / "weights"))
     client.finalize_logged_model(logged.model_id, "READY")
     client.create_registered_model("qafe-net")
+    mlflow.set_tracking_uri(uri)
     tags = {"sweep": "s-1", "trial_run": run.info.run_id}
     version = client.create_model_version("qafe-net", f"models:/{logged.model_id}", run.info.run_id, tags)
     client.set_registered_model_alias("qafe-net", "champion", version.version)
