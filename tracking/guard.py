@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import functools
 import getpass
 import html
 import json
@@ -184,15 +183,10 @@ class Guard:
             return False
         if "\0" in text:
             return False
-        guarded = self._document(text)
+        guarded = self._clean_text(text)
         if guarded != text:
             path.write_text(self._noted(text, guarded))
         return True
-
-    def _document(self, text: str) -> str:
-        """A file's text; what a page carries of plotly's own code is left as it is."""
-        public = _plotly() if len(text) > 2**21 else ""
-        return public.join(map(self._clean_text, text.split(public))) if public else self._clean_text(text)
 
     def _clean_text(self, text: str) -> str:
         text = PIXELS.sub("pixels-hidden ", EMBEDDED.sub(self._embedded, text))
@@ -262,10 +256,3 @@ def _any_of(words: Iterable[str]) -> str:
         return ways[0] if len(ways) == 1 else f"(?:{'|'.join(ways)})"
 
     return pattern(tree)
-
-
-@functools.cache
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())

@@ -240,13 +240,11 @@ class Sender:
         """The run of a trial (or, for ``""``, of the sweep): known, found by its tags, or made."""
         if trial not in self.runs:
             found = self._find(client, trial)
-            if not found:
-                self._create(client, trial, entry)
-                # A request that was lost on its way back may have been repeated: the first run is the one.
-                found = self._find(client, trial)
-                for twin in found[1:]:
+            self.runs[trial] = found[0] if found else self._create(client, trial, entry)
+            # A request whose answer was lost may have been made twice: one of the runs is the trial's.
+            for twin in found or self._find(client, trial):
+                if twin != self.runs[trial]:
                     client.delete_run(twin)
-            self.runs[trial] = found[0]
         return self.runs[trial]
 
     def _find(self, client: MlflowClient, trial: str) -> list[str]:
@@ -254,7 +252,7 @@ class Sender:
         query = f"tags.`{SWEEP_ID_TAG}` = '{sweep_id}' AND tags.`{TRIAL_TAG}` = '{own}'"
         return sorted(run.info.run_id for run in client.search_runs([self.experiment_id], query))
 
-    def _create(self, client: MlflowClient, trial: str, entry: Entry | None) -> None:
+    def _create(self, client: MlflowClient, trial: str, entry: Entry | None) -> str:
         opened = self._opening()
         sweep = self._guard_of_sweep().text(opened["sweep"])
         tags = self._common_tags()
@@ -264,7 +262,8 @@ class Sender:
             tags["mlflow.parentRunId"] = self._run_id(client, "")
         name = f"{sweep}-{entry['number']:03d}" if entry and trial else sweep
         started = entry["time"] if entry else now_ms()
-        client.create_run(self.experiment_id, start_time=started, tags=tags, run_name=name)
+        made = client.create_run(self.experiment_id, start_time=started, tags=tags, run_name=name)
+        return str(made.info.run_id)
 
     def _common_tags(self) -> dict[str, str]:
         """What all runs of the sweep are tagged with."""

@@ -67,6 +67,7 @@ class SweepTracker:
         self._sender = Sender(self.spool)
         self._stop = threading.Event()
         self._wake = threading.Event()
+        self._soon = threading.Event()
         secrets = secrets or Secrets.of_machine()
         self._append(
             kind="open",
@@ -91,6 +92,7 @@ class SweepTracker:
         self._started.add(trial)
         self._running.add(trial)
         self._append(kind="trial", trial=trial, number=number, params=_texts(params), tags=dict(tags or {}))
+        self._soon.set()  # somebody may wait for its run
 
     def run_id(self, trial: str, patience_s: float = 0.0) -> str:
         """MLflow's id of a trial's run; empty where the server has not given one while patience lasted.
@@ -158,6 +160,7 @@ class SweepTracker:
         """Sends what is left, for as long as patience lasts, and returns how many entries could not be sent."""
         self._stop.set()
         self._wake.set()
+        self._soon.set()
         self._thread.join(timeout=patience_s)
         self._sender.given_up.set()
         self.spool.close()
@@ -199,6 +202,7 @@ class SweepTracker:
         delay_s = 1.0
         while True:
             self._wake.clear()
+            self._soon.clear()
             try:
                 sent = self._sender.send_all()
                 self._sender.well = True
@@ -208,7 +212,7 @@ class SweepTracker:
                 if sent == 0:
                     self._wake.wait()
                 else:
-                    self._stop.wait(ROUND_S)
+                    self._soon.wait(ROUND_S)
             except Exception as err:  # a full disk, a damaged line: the thread must outlive what it cannot foresee
                 self._sender.well = False
                 logger.warning("tracking waits: %s", err)

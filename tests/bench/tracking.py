@@ -79,31 +79,41 @@ def _tracker(folder: Path, uri: str, name: str) -> SweepTracker:
 
 
 def _cost(folder: Path, uri: str) -> list[Row]:
-    """Seconds that a training waits: of an epoch, and of a whole trial of a minute."""
-    tracker = _tracker(folder, uri, "cost")
-    tracker.wait_until_sent(60)
+    """Seconds that a training waits: of an epoch, and of a whole trial of a minute.
+
+    As in a sweep, intervals and system metrics are taken where nothing is sent (a worker), and lines are written
+    beside the thread that sends (the driver).
+    """
     config = tiny()
     rows = []
-    for number, expressions in enumerate((EXPRESSIONS[:1], EXPRESSIONS)):
-        monitor = Monitor()
-        begun = time.perf_counter()
-        tracker.trial_started(str(number), number, {f"setting.{place}": place for place in range(60)})
-        assert tracker.run_id(str(number), patience_s=5)
-        start_s = time.perf_counter() - begun
-        history: History = {}
-        epochs = []
+    worker: dict[int, list[tuple[float, dict[str, float]]]] = {}
+    for count in (1, len(EXPRESSIONS)):
+        monitor, history = Monitor(), dict[str, ExpressionHistory]()
+        worker[count] = []
         for epoch in range(1, EPOCHS_OF_A_MINUTE + 1):
-            results = _epoch(epoch, expressions, history)
+            results = _epoch(epoch, EXPRESSIONS[:count], history)
+            time.sleep(0.1)
             begun = time.perf_counter()
             result = summary(results, history, config) | monitor.take()
-            metrics = {name: value for name, value in result.items() if isinstance(value, float)}
-            tracker.epoch(str(number), epoch, metrics)
-            epochs.append(time.perf_counter() - begun)
-            time.sleep(0.1)
+            seconds = time.perf_counter() - begun
+            worker[count].append((seconds, {name: value for name, value in result.items() if isinstance(value, float)}))
+    tracker = _tracker(folder, uri, "cost")
+    tracker.wait_until_sent(60)
+    for count, reports in worker.items():
         begun = time.perf_counter()
-        tracker.trial_ended(str(number), "finished", folder=None)
+        tracker.trial_started(str(count), count, {f"setting.{place}": place for place in range(60)})
+        assert tracker.run_id(str(count), patience_s=5)
+        start_s = time.perf_counter() - begun
+        epochs = []
+        for epoch, (seconds, metrics) in enumerate(reports, start=1):
+            time.sleep(0.1)
+            begun = time.perf_counter()
+            tracker.epoch(str(count), epoch, metrics)
+            epochs.append(seconds + time.perf_counter() - begun)
+        begun = time.perf_counter()
+        tracker.trial_ended(str(count), "finished", folder=None)
         share = (start_s + sum(epochs) + time.perf_counter() - begun) / 60
-        several = f"{len(expressions)} expression{'s' if len(expressions) > 1 else ''}"
+        several = f"{count} expression{'s' if count > 1 else ''}"
         notes = [
             f"longest {1e3 * max(epochs):.1f} ms; the trial's run is there after {1e3 * start_s:.0f} ms",
             f"{100 * share:.2f} % of a trial of 60 s and {EPOCHS_OF_A_MINUTE} epochs",
