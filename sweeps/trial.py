@@ -58,7 +58,7 @@ RESERVE_BYTES = 64 * 2**20
 RESERVE_SHARE = 0.05
 """Room that trials leave for the sweep's own records: this much, or this share of a small disk."""
 ROOM_POLL_S = 1.0
-EPOCH_RESAMPLES = 500
+EPOCH_RESAMPLES = 250
 """Of the interval of each epoch, which a training waits for; the report draws more."""
 
 
