@@ -31,9 +31,10 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from qafe import console
 from qafe.errors import TrackingError
 
+from .batches import batches
 from .connection import connect, masked
 from .runs import sweep_runs
-from .sender import batches, experiment_id
+from .sender import experiment_id
 from .tags import MODEL_TYPE, STATE_TAG, SWEEP_ID_TAG, SWEEP_ITSELF, SWEEP_TAG, TRIAL_TAG
 
 SWEEP_FILE = "sweep.json"

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import requests
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -24,6 +23,7 @@ from qafe.errors import TrackingError
 from qafe.history import read_history
 
 from . import figures
+from .batches import BATCH, Item, as_entry, batches, refusal
 from .connection import connect, embedded_path, masked
 from .guard import Guard
 from .pseudonyms import load_key
@@ -47,13 +47,7 @@ from .tags import (
 logger = logging.getLogger(__name__)
 
 FAILURE_FILE = "failure.txt"
-BATCH = 1000
-BATCH_TEXTS = 100
-"""MLflow's limits of one request: metrics, params and tags together; params, and tags."""
-WAITS = (401, 403, 408, 429, 499)
-"""Refusals that may end without a change to what was sent: a password, a right, a busy server."""
 MODEL_METRICS = ("spearman", "spearman_low", "spearman_high", "mae", "pearson")
-Item = Metric | Param | RunTag
 
 
 class Sender:
@@ -175,7 +169,7 @@ class Sender:
             # A sick database refuses all: then this raises, too. Nor is a run that people have deleted to be halved.
             gone = client.get_run(run_id).info.lifecycle_stage != "active"
             if len(batch) == 1 or gone:
-                self._set_aside({"kind": "items", "trial": trial} | _as_entry(batch), err)
+                self._set_aside({"kind": "items", "trial": trial} | as_entry(batch), err)
                 return
             for part in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 self._log(client, trial, part)
@@ -296,26 +290,27 @@ class Sender:
 
     def _trial_end(self, client: MlflowClient, entry: Entry) -> None:
         trial, run_id = entry["trial"], self._run_id(client, entry["trial"])
-        if entry["folder"]:
-            with contextlib.ExitStack() as stack:
-                try:
-                    folder = stack.enter_context(figures.trial_files(Path(entry["folder"]), load_key()))
-                    self._guard_of_sweep().clean(folder)
-                except Exception as err:  # whatever is wrong with the checkpoint, the run has to end
-                    logger.warning("run %s gets no files: %s", run_id, err)
-                else:
-                    client.log_artifacts(run_id, str(folder))
-                    if entry["state"] == "finished":
-                        self._model(client, run_id, Path(entry["folder"]))
-        if entry.get("trace"):
-            client.log_text(run_id, entry["trace"], FAILURE_FILE)
         tags = {STATE_TAG: entry["state"]}
         if entry["reason"]:
             tags[REASON_TAG] = entry["reason"]
         if entry["state"] == "pruned":
             tags[PRUNED_TAG] = str(entry.get("epochs", 0))
         self._log(client, trial, [RunTag(name, value) for name, value in tags.items()])
+        # Before its files: should the server refuse one of them, the run has ended all the same.
         client.set_terminated(run_id, status=MLFLOW_STATUS[entry["state"]], end_time=entry["time"])
+        if entry.get("trace"):
+            client.log_text(run_id, entry["trace"], FAILURE_FILE)
+        if entry["folder"]:
+            with contextlib.ExitStack() as stack:
+                try:
+                    folder = stack.enter_context(figures.trial_files(Path(entry["folder"]), load_key()))
+                    self._guard_of_sweep().clean(folder)
+                except Exception as err:  # whatever is wrong with the checkpoint, the others have to be sent
+                    logger.warning("run %s gets no files: %s", run_id, err)
+                else:
+                    client.log_artifacts(run_id, str(folder))
+                    if entry["state"] == "finished":
+                        self._model(client, run_id, Path(entry["folder"]))
         self.ended.add(trial)
 
     def _model(self, client: MlflowClient, run_id: str, checkpoint: Path) -> None:
@@ -348,46 +343,9 @@ class Sender:
         client.set_terminated(self._run_id(client, ""), status=status, end_time=entry["time"])
 
 
-def batches(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """The items in requests that MLflow takes; of several tags with one name the last."""
-    last = {item.key: item for item in items if isinstance(item, RunTag)}
-    batch: list[Item] = []
-    texts = 0
-    for item in items:
-        if isinstance(item, RunTag) and last[item.key] is not item:
-            continue
-        text = not isinstance(item, Metric)
-        if len(batch) == BATCH or (text and texts == BATCH_TEXTS):
-            yield batch
-            batch, texts = [], 0
-        batch.append(item)
-        texts += text
-    if batch:
-        yield batch
-
-
-def refusal(err: BaseException | None) -> bool:
-    """Whether the server will never take what it was given: a client error that no waiting ends."""
-    status = 0
-    if isinstance(err, MlflowException):
-        status = int(err.get_http_status_code())  # type: ignore[no-untyped-call]
-    elif isinstance(err, requests.HTTPError) and err.response is not None:
-        status = err.response.status_code
-    return 400 <= status < 500 and status not in WAITS
-
-
 def now_ms() -> int:
     """The time, as MLflow counts it."""
     return int(time.time() * 1000)
-
-
-def _as_entry(batch: Sequence[Item]) -> Entry:
-    """The items as the spool keeps them."""
-    return {
-        "rows": [[m.key, m.value, m.timestamp, m.step] for m in batch if isinstance(m, Metric)],
-        "params": {item.key: item.value for item in batch if isinstance(item, Param)},
-        "tags": {item.key: item.value for item in batch if isinstance(item, RunTag)},
-    }
 
 
 def _dataset_input(data: Mapping[str, Any], split: str) -> DatasetInput:

@@ -16,9 +16,10 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST, PERMISSION_DENIED, TEMPORA
 
 from qafe.errors import TrackingError
 from tests.sweeps.running import ROOT
+from tracking.batches import batches, refusal
 from tracking.connection import connect
 from tracking.runs import main, replay
-from tracking.sender import Sender, batches, refusal
+from tracking.sender import Sender
 from tracking.spool import Spool
 
 from .stores import embedded
