@@ -50,8 +50,10 @@ EMBEDDED = re.compile(
     r"|(?<![\w+/])(?P<plain>(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-3])[\w+/]{64,}=*)"
 )
 """A file inside a text; the second is a JPEG, PNG, GIF, WebP or BMP without a word about what it is."""
-PIXELS = re.compile(r"(?>\d{1,3}[\s,;\[\]]+){768,}+")
-"""As many numbers as the smallest picture that shows somebody; none of our tables has so many small whole ones."""
+PIXELS = re.compile(r"(?<![\d.])(?>(?:25[0-5]|2[0-4]\d|1?\d?\d)[\s,;\[\]]+){768,}+")
+"""As many bytes as the smallest picture that shows somebody; none of our tables has so many small whole numbers."""
+WORDS = frozenset(re.split(r"[._]", ".".join(flatten(Config()))))
+"""What settings are called."""
 EXAMPLE = "input_example"
 """MLflow's name of a model's example; ours would be a patient's clip."""
 
@@ -71,12 +73,11 @@ class Secrets:
     @classmethod
     def of_machine(cls, *folders: Path | str) -> Secrets:
         """The user's and the machine's own, and these folders."""
+        people = [socket.gethostname()]
         with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
-            user = getpass.getuser()
-            people = tuple(name for name in (user, socket.gethostname()) if name.lower() not in NOBODY)
-            places = {str(Path(folder)) for folder in (*folders, Path.home())}
-            return cls(people, tuple(sorted(places)))
-        return cls((), tuple(str(Path(folder)) for folder in folders))
+            people.append(getpass.getuser())
+        names = tuple(name for name in people if name.lower() not in NOBODY | WORDS)
+        return cls(names, tuple(sorted({str(folder) for folder in (*folders, Path.home())})))
 
     @classmethod
     def of_cohort(cls, cohort: Cohort, *folders: Path | str) -> Secrets:
@@ -87,10 +88,8 @@ class Secrets:
         machine = cls.of_machine(cohort.store.root, *folders)
         samples = (*cohort.manifest.train, *cohort.manifest.test)
         found = {name for sample in samples for name in (sample.id, sample.patient, sample.video)}
-        patients = {sample.patient for sample in samples}
-        words = set(re.split(r"[._]", ".".join(flatten(Config()))))
-        public = words.union(cohort.manifest.expressions)
-        return cls((*machine.names, *sorted(found - (public - patients))), machine.folders)
+        public = WORDS.union(cohort.manifest.expressions) - {sample.patient for sample in samples}
+        return cls((*machine.names, *sorted(found - public)), machine.folders)
 
 
 class Guard:
@@ -112,7 +111,8 @@ class Guard:
         for name in names:
             if len(name) < 2 or name.isdigit():
                 continue
-            group = short if len(name) < ANY_CASE else middle if len(name) <= SHORT else long
+            anywhere = len(name) > SHORT or not name.isascii()  # not all scripts part their words
+            group = long if anywhere else middle if len(name) >= ANY_CASE else short
             for spelling in _spellings(name):
                 group.add(spelling)
                 self._name_of[spelling.casefold()] = name

@@ -193,13 +193,21 @@ def test_a_cohorts_secrets_are_its_patients_videos_and_folder(sample_root: Path)
     assert not set(cohort.manifest.expressions) & set(secrets.names)
 
 
+def test_a_machine_that_is_called_like_a_setting_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for host, user, names in (("heatmap", "root", ()), ("annas-laptop", "anna", ("annas-laptop", "anna"))):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        monkeypatch.setattr("getpass.getuser", lambda user=user: user)
+        assert Secrets.of_machine().names == names
+
+
 def test_what_a_sweep_says_stays_as_it_is() -> None:
-    guard = Guard(["P01", "S31", "anna", "7", "12", "smile_left_03"], ["/data"])
+    guard = Guard(["P01", "S31", "anna", "7", "12", "smile_left_03", "王小明"], ["/data"])
     for text in ("model.fusion.layers", "spearman_smile", "0.712", "system/cpu_utilization_percentage", "16/32 trials",
                  "runs:/0a1b/checkpoint", "p01", "annalise", "s-1-007", "http://127.0.0.1:5000"):  # fmt: skip
         assert guard.text(text) == text
     key = load_key()
     assert guard.text("P01/S31 anna") == f"{pseudonym('P01', key)}/{pseudonym('S31', key)} {pseudonym('anna', key)}"
+    assert guard.text("患者王小明来了") == f"患者{pseudonym('王小明', key)}来了"
     assert guard.text("see /mnt/share/x.mp4, or /data/frames/P01/x") == "see path-hidden, or folder-hidden"
 
 
