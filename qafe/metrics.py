@@ -165,20 +165,51 @@ def spearman_interval(
     Raises:
         ConfigError: lengths differ, nothing to compare, a target that is not finite, or a level outside (0, 1).
     """
-    x, y = _pair(prediction, target)
-    member, patients = _members(groups, len(x))
+    parts = {"": (prediction, target, groups)}
+    return spearman_intervals(parts, level=level, resamples=resamples, seed=seed)[0]
+
+
+def spearman_intervals(
+    parts: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[Interval, dict[str, Interval]]:
+    """`spearman_interval` of the mean over expressions, and of each of them.
+
+    A patient who performs several expressions is drawn, or not, with all of them.
+
+    Args:
+        parts: expression -> (predictions, target, groups), the patient of each sample.
+        level: share of resamples inside the interval.
+        resamples: how often patients are drawn.
+        seed: of the draws.
+    Raises:
+        ConfigError: lengths differ, nothing to compare, a target that is not finite, or a level outside (0, 1).
+    """
     _check_level(level, resamples, "resamples")
+    pairs = [_pair(prediction, target) for prediction, target, _ in parts.values()]
+    for (x, _), (_, _, groups) in zip(pairs, parts.values(), strict=True):
+        _members(groups, len(x))
+    every = np.concatenate([np.asarray(groups) for _, _, groups in parts.values()])
+    member, patients = _members(every, len(every))
     if patients < 3:
-        return Interval(-1.0, 1.0)
-    if not np.isfinite(x).all():
-        return Interval(0.0, 0.0)
+        return Interval(-1.0, 1.0), dict.fromkeys(parts, Interval(-1.0, 1.0))
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(patients, np.full(patients, 1 / patients), size=resamples)  # resamples patients
-    weight = drawn[:, member].astype(np.float64)  # resamples N: how often each sample is in the resample
-    values = _weighted_spearman(x, y, weight)
-    tail = (1 - level) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return Interval(float(low), float(high))
+    values = np.zeros((len(pairs), resamples))
+    start = 0
+    for row, (x, y) in zip(values, pairs, strict=True):
+        weight = drawn[:, member[start : start + len(x)]].astype(np.float64)  # how often each sample is in the resample
+        start += len(x)
+        if np.isfinite(x).all():
+            row[:] = _weighted_spearman(x, y, weight)
+    tails = [(1 - level) / 2, 1 - (1 - level) / 2]
+    low, high = np.quantile(values, tails, axis=1)
+    mean = np.quantile(values.mean(axis=0), tails)
+    each = {name: Interval(float(low[place]), float(high[place])) for place, name in enumerate(parts)}
+    return Interval(float(mean[0]), float(mean[1])), each
 
 
 def luck_band(
@@ -336,7 +367,7 @@ def _unit_ranks(rows: FloatArray) -> FloatArray:
 def _weighted_spearman(x: FloatArray, y: FloatArray, weight: FloatArray) -> FloatArray:
     """Spearman's correlation of each resample in which sample n appears weight[r, n] times."""
     a, b = _weighted_ranks(x, weight), _weighted_ranks(y, weight)
-    total = weight.sum(axis=1, keepdims=True)
+    total = np.maximum(weight.sum(axis=1, keepdims=True), 1)  # none of an expression's patients may be drawn
     a = a - (weight * a).sum(axis=1, keepdims=True) / total
     b = b - (weight * b).sum(axis=1, keepdims=True) / total
     spread = np.sqrt((weight * a**2).sum(axis=1) * (weight * b**2).sum(axis=1))

@@ -15,18 +15,24 @@ from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
 from qafe import config as configs
+from qafe.data.cohort import Cohort
 from tracking.privacy import without_messages, without_paths
+from tracking.pseudonyms import load_key, pseudonym
 from tracking.runs import SweepTracker, TrialState
 
 from . import checkpoints
 from .control import Control
 from .plan import Plan
 from .progress import PACE, Pace, Progress, duration, progress_of
+from .provenance import trial_tags
 from .searcher import DIVERGED, FAILED_AS, FINISHED, OBJECTIVE, Closing, Pause, StudySearcher
 from .study import BY_HAND, REASON, own_trials, pareto_set
 from .trial import DATA, ROOM_POLL_S, TRACEBACK, has_room
 
 TRACKED = ("spearman", "pearson", "mae", "train_loss", "lr", "epoch_s", "clips_per_s", "peak_memory_mb", OBJECTIVE)
+TRACKED_GROUPS = ("spearman_", "system/")
+RUN_PATIENCE_S = 1.0
+"""How long a trial's start waits for its run: as a rule it is there in a tenth of that."""
 RUNNING_CHECKPOINTS = 2
 """Of a running trial: the last, and the one before it should the last be damaged."""
 
@@ -39,20 +45,28 @@ def say(text: str) -> None:
 class TrackTrials(Callback):
     """Hands every trial's start, epochs and end to the tracker, which never makes the sweep wait."""
 
-    def __init__(self, tracker: SweepTracker, plan: Plan, searcher: StudySearcher, control: Control) -> None:
+    def __init__(
+        self, tracker: SweepTracker, plan: Plan, cohort: Cohort, searcher: StudySearcher, control: Control
+    ) -> None:
         self.tracker = tracker
+        self.plan = plan
+        self.cohort = cohort
         self.base = configs.from_json(plan.config_json)
         self.folder = Path(plan.folder)
         self.searcher = searcher
         self.control = control
         self._batch: dict[int, int] = {}
+        self._workers: dict[int, str] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial was placed on a worker, for the first time or again."""
         config = configs.override(self.base, trial.config["settings"])
         number = trial.config["number"]
         self._batch.setdefault(number, config.train.batch_size)
-        self.tracker.trial_started(str(number), number, configs.flatten(without_paths(config)))
+        tags = trial_tags(config, self.cohort, number, self.plan.sampler)
+        self.tracker.trial_started(str(number), number, configs.flatten(without_paths(config)), tags)
+        if run_id := self.tracker.run_id(str(number), RUN_PATIENCE_S):  # before its first step
+            self.searcher.link(trial.trial_id, run_id)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -61,10 +75,13 @@ class TrackTrials(Callback):
         if result.get(FAILED_AS):
             return
         number = trial.config["number"]
-        metrics = {name: value for name, value in result.items() if name in TRACKED or name.startswith("spearman_")}
+        metrics = {name: value for name, value in result.items() if name in TRACKED or name.startswith(TRACKED_GROUPS)}
         self.tracker.epoch(str(number), result["epoch"], metrics)
-        if run_id := self.tracker.run_ids().get(str(number)):
+        if run_id := self.tracker.run_id(str(number)):  # the server was away when the trial began
             self.searcher.link(trial.trial_id, run_id)
+        if self._workers.get(number) != result["worker"]:
+            self._workers[number] = result["worker"]
+            self.tracker.trial_tags(str(number), self._machine(result))
         if result["batch_size"] < self._batch[number]:
             self._batch[number] = result["batch_size"]
             note = f"out of memory: goes on with batches of {result['batch_size']}, the clips of a step unchanged"
@@ -96,11 +113,21 @@ class TrackTrials(Callback):
         frames = "".join(traceback.format_exception(error)) if error else ""
         self._end(trial, "failed", f"lost ({type(cause).__name__})", frames)
 
+    def _machine(self, result: dict[str, Any]) -> dict[str, str]:
+        """Where a trial runs; a machine's name may be a person's."""
+        host = result["worker"].partition(":")[0]
+        tags = {"qafe.host": host if self.plan.identifiable else pseudonym(host, load_key())}
+        return tags | ({"qafe.gpu": result["gpu"]} if result.get("gpu") else {})
+
     def _end(self, trial: Trial, state: TrialState, reason: str, trace: str = "") -> None:
         number = trial.config["number"]
         folder = checkpoints.last(self.folder, number)
         self.tracker.trial_ended(
-            str(number), state, folder=folder, reason=reason, trace=without_messages(trace) if trace else ""
+            str(number),
+            state,
+            folder=folder,
+            reason=reason,
+            trace=trace if self.plan.identifiable else without_messages(trace),
         )
 
 

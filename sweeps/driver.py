@@ -25,6 +25,7 @@ from qafe import console
 from qafe.data.cohort import Cohort, load_cohort
 from qafe.errors import ConfigError, QafeError
 from tracking.connection import embedded_path, masked
+from tracking.guard import Secrets
 from tracking.runs import SPOOL_FILE, SweepTracker, TrialState
 
 from . import checkpoints, page, report
@@ -34,7 +35,8 @@ from .executor import probe
 from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
 from .live import LiveView
 from .notify import Outcome, notified
-from .plan import STUDY_FOLDER, Plan, clip_counts, source_tags, study_tags, sweep_params
+from .plan import STUDY_FOLDER, Plan, clip_counts, study_tags, sweep_params
+from .provenance import source_tags, sweep_tags, write_diff
 from .searcher import OBJECTIVE, Pause, StudyScheduler, StudySearcher, budget_used
 from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
 from .sweep import Sweep
@@ -44,6 +46,8 @@ WORKER_RESTARTS = 3
 """How often a trial may lose its worker between two epochs; see `callbacks.TrackTrials`."""
 PAUSED_POLL_S = 0.25
 LOCK_TRIES = 10
+SOURCE_FOLDER = "source"
+"""Of the sweep's folder: what differs from the commit that its runs name."""
 
 
 def run_sweep(
@@ -113,11 +117,16 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
         sweep=plan.name,
         sweep_id=plan.id,
         params=sweep_params(plan),
-        tags=source_tags() | study_tags(plan),
+        tags=source_tags() | sweep_tags(plan, cohort) | study_tags(plan),
         dataset=(cohort.manifest.name, cohort.manifest.digest),
+        clips=clip_counts(cohort, plan.expressions),
+        secrets=Secrets.of_cohort(cohort, plan.folder, Path(plan.folder).parent),
+        identifiable=plan.identifiable,
     )
     if (Path(plan.folder) / STUDY_FOLDER).is_dir():
         tracker.sweep_files(Path(plan.folder) / STUDY_FOLDER, {})
+    if write_diff(Path(plan.folder) / SOURCE_FOLDER):
+        tracker.sweep_files(Path(plan.folder) / SOURCE_FOLDER, {})
     state: TrialState = "failed"
     try:
         yield tracker
@@ -132,6 +141,8 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
                 f"{unsent} entries did not reach the tracking server; send them later with:  "
                 f"python -m tracking.runs replay {spool}"
             )
+        if refused := tracker.refused:
+            say(f"{refused} entries were refused by the tracking server; they and the reasons are in {spool}.refused")
 
 
 def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> dict[str, Any]:
@@ -140,7 +151,7 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     folder, control = Path(plan.folder), Control(Path(plan.folder))
     searcher = StudySearcher(plan, sweep)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
-    _run_and_pause(plan, searcher, tracker, control, deadline)
+    _run_and_pause(plan, cohort, searcher, tracker, control, deadline)
     budget_spent = time.monotonic() >= deadline
     running = running_trials(searcher.study)
     for number in running:
@@ -160,13 +171,13 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
 
 
 def _run_and_pause(
-    plan: Plan, searcher: StudySearcher, tracker: SweepTracker, control: Control, deadline: float
+    plan: Plan, cohort: Cohort, searcher: StudySearcher, tracker: SweepTracker, control: Control, deadline: float
 ) -> None:
     """Runs trials, with all the pauses that people ask for, until none is left or the sweep has to end."""
     pause, pace = Pause(searcher, control), MeasurePace(plan, searcher.study)
     people = LiveView(plan, pace, control) if LiveView.possible() else TellPeople(pace)
     callbacks = [
-        TrackTrials(tracker, plan, searcher, control),
+        TrackTrials(tracker, plan, cohort, searcher, control),
         KeepCheckpoints(tracker, plan, searcher.study),
         WaitForRoom(control),
         pause,

@@ -10,12 +10,10 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +61,7 @@ class Plan:
         warm_start: folders of the earlier sweeps whose trials the study is given; see `sweeps.warm_start`.
         budget_hours: of training: GPU-hours, or worker-hours where trials have no GPU; None is without limit.
         baseline_bytes: memory that the baseline's training takes at its fullest, as estimated; 0 if it is not known.
+        identifiable: whether names of patients, paths and pictures may reach MLflow.
     """
 
     id: str
@@ -89,6 +88,7 @@ class Plan:
     warm_start: tuple[str, ...] = ()
     budget_hours: float | None = None
     baseline_bytes: int = 0
+    identifiable: bool = False
 
     @property
     def device_share(self) -> float:
@@ -232,6 +232,7 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
         warm_start=warm_start,
         budget_hours=options.budget_gpu_hours,
         baseline_bytes=baseline_bytes,
+        identifiable=options.allow_identifiable,
     )
 
 
@@ -433,30 +434,9 @@ def sweep_params(plan: Plan) -> dict[str, Any]:
     return params | configs.flatten(without_paths(configs.from_json(plan.config_json)))
 
 
-def source_tags() -> dict[str, str]:
-    """Git commit (or ``QAFE_SOURCE_COMMIT``, for images without a repository) and versions of the libraries."""
-    tags = {f"version.{name}": version(name) for name in ("qafe-net", "torch", "ray", "optuna", "mlflow")}
-    commit = os.environ.get("QAFE_SOURCE_COMMIT") or _commit_of(Path(__file__))
-    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
-
-
 def study_tags(plan: Plan) -> dict[str, str]:
     """Of a user's own study: its file among the parent run's artifacts, and the digest of that."""
     copy = Path(plan.folder) / STUDY_FOLDER / STUDY_FILE
     if not copy.is_file():
         return {}
     return {"qafe.study_file": STUDY_FILE, "qafe.study_sha256": hashlib.sha256(copy.read_bytes()).hexdigest()}
-
-
-def _commit_of(file: Path) -> str:
-    """The commit of a file's repository, with ``-dirty`` if the tree differs; empty for a file outside of one."""
-
-    def git(*arguments: str) -> str:
-        line = ["git", "-C", str(file.parent), *arguments]
-        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", file.name)
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""

@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus-per-trial", type=float, help="may be a fraction (default: 1 where a GPU is, else 0)")
     parser.add_argument("--address", help="Ray cluster to join, e.g. auto (default: a local Ray)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db here)")
+    parser.add_argument(
+        "--allow-identifiable",
+        action="store_true",
+        help="let names, paths and pictures reach MLflow; noted in each run",
+    )
     parser.add_argument("--storage", type=Path, help="folder for sweeps; shared on a cluster (default: ~/ray_results)")
     parser.add_argument("--name", help="the sweep's name (default: the study's with the next free number)")
     parser.add_argument(

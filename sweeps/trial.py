@@ -33,6 +33,7 @@ import torch
 from ray import tune
 
 from qafe import config as configs
+from qafe import metrics
 from qafe.config import Config
 from qafe.data.cohort import load_cohort
 from qafe.errors import ManifestError, MediaError, QafeError
@@ -41,6 +42,7 @@ from qafe.train import EpochResult, fit
 
 from .checkpoints import newest, seal
 from .control import FULL, Control
+from .monitor import monitor
 from .room import fitting, room_bytes, side_by_side, surely_fits, with_half_the_batch
 from .searcher import DIVERGED, FAILED_AS, FINISHED, NO_SKILL, OBJECTIVE
 from .study import REASON
@@ -56,6 +58,8 @@ RESERVE_BYTES = 64 * 2**20
 RESERVE_SHARE = 0.05
 """Room that trials leave for the sweep's own records: this much, or this share of a small disk."""
 ROOM_POLL_S = 1.0
+EPOCH_RESAMPLES = 250
+"""Of the interval of each epoch, which a training waits for; the report draws more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +144,7 @@ def _trained(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> boo
 
 
 def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
+    monitor()  # looks from now on
     cohort = load_cohort(plan.data_root, config.data)
     device = trial_device(plan.gpus)
     history: History = {}
@@ -191,7 +196,7 @@ def _keep(config: Config, history: History, results: dict[str, EpochResult], pla
                 size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
                 if has_room(sweep_folder, size):
                     tune.report(
-                        summary(results, history, config) | {FINISHED: epoch == config.train.epochs},
+                        summary(results, history, config) | monitor().take() | {FINISHED: epoch == config.train.epochs},
                         checkpoint=tune.Checkpoint.from_directory(folder),
                     )
                     control.withdraw(full)
@@ -218,7 +223,7 @@ def out_of_memory(err: BaseException) -> bool:
 
 
 def summary(results: dict[str, EpochResult], history: History, config: Config) -> dict[str, Any]:
-    """An epoch's numbers: means over the expressions, and Spearman for each."""
+    """An epoch's numbers: means over the expressions, and Spearman for each, with its interval over patients."""
     every = list(results.values())
 
     def mean(name: str) -> float:
@@ -239,5 +244,12 @@ def summary(results: dict[str, EpochResult], history: History, config: Config) -
         "params": every[0].parameters,
         "batch_size": config.train.batch_size,
         "worker": f"{platform.node()}:{os.getpid()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
-    return values | {f"spearman_{expression}": result.metrics["spearman"] for expression, result in results.items()}
+    values |= {f"spearman_{expression}": result.metrics["spearman"] for expression, result in results.items()}
+    parts = {name: (results[name].predictions, entry.target, entry.patients) for name, entry in history.items()}
+    of_mean, of_each = metrics.spearman_intervals(parts, resamples=EPOCH_RESAMPLES)
+    intervals = {"": of_mean} | ({} if len(parts) == 1 else {f"_{name}": found for name, found in of_each.items()})
+    for name, found in intervals.items():
+        values |= {f"spearman{name}_low": found.low, f"spearman{name}_high": found.high}
+    return values

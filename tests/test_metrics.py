@@ -239,3 +239,24 @@ def test_each_trial_keeps_its_best_epoch() -> None:
     ]  # every expression has its own best epoch
     assert both.max_observed == pytest.approx(max(best))
     assert both.threshold >= both.expected_max > 0
+
+
+def test_intervals_of_several_expressions_share_their_patients() -> None:
+    rng = np.random.default_rng(3)
+    patients = [f"P{place // 3}" for place in range(36)]
+    target = rng.integers(0, 5, 36).astype(float)
+    good, poor = target + rng.normal(size=36), rng.normal(size=36)
+    mean, each = metrics.spearman_intervals({"smile": (good, target, patients), "frown": (poor, target, patients)})
+    assert each["smile"] == metrics.spearman_interval(good, target, patients)
+    assert each["frown"] == metrics.spearman_interval(poor, target, patients)
+    middle = (metrics.spearman(good, target) + metrics.spearman(poor, target)) / 2
+    assert each["frown"].low < mean.low < middle < mean.high < each["smile"].high
+    same, _ = metrics.spearman_intervals({"a": (good, target, patients), "b": (good, target, patients)})
+    assert same == pytest.approx(each["smile"])
+    # Whoever performs only one of them counts there alone; a resample may have nobody who performs the other.
+    few = slice(0, 9)
+    mean, each = metrics.spearman_intervals(
+        {"smile": (good, target, patients), "frown": (poor[few], target[few], patients[few])}
+    )
+    assert -1 <= each["frown"].low <= each["frown"].high <= 1
+    assert np.isfinite([*mean, *each["smile"]]).all()

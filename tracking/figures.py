@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qafe import config as configs
@@ -20,6 +19,7 @@ from qafe.model import weights
 from qafe.score import SUFFIX
 from qafe.train import BEST_FILE
 
+from . import pictures
 from .privacy import without_paths
 from .pseudonyms import pseudonym
 
@@ -108,5 +108,4 @@ def _caption(entry: ExpressionHistory) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
+    pictures.save(figure, path)

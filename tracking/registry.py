@@ -26,7 +26,8 @@ from qafe.errors import TrackingError
 from . import scorer
 from .connection import connect, masked, resolve_uri
 from .figures import CHECKPOINT_FOLDER
-from .runs import STATE_TAG, SWEEP_ID_TAG, SWEEP_TAG, TRIAL_TAG, search_sweep
+from .runs import STATE_TAG, SWEEP_TAG, TRIAL_TAG, sweep_runs
+from .tags import SWEEP_ITSELF
 
 MODEL = "qafe-net"
 CHAMPION = "champion"
@@ -197,18 +198,9 @@ def _list(options: argparse.Namespace) -> int:
 
 def _best_run(client: MlflowClient, sweep: str, trial: int | None) -> Run:
     """A sweep's best trial, the first of equally good ones, or its trial of a number."""
-    runs = search_sweep(client, SWEEP_TAG, sweep) or search_sweep(client, SWEEP_ID_TAG, sweep)
-    if not runs:
-        raise TrackingError(f"a sweep must be in the tracking store to be registered, got {sweep!r} (--sweep). "
-                            "See the qafe.sweep tags in the MLflow UI.")  # fmt: skip
-    ids = sorted({run.data.tags.get(SWEEP_ID_TAG, "") for run in runs})
-    if len(ids) > 1:
-        raise TrackingError(
-            f"a sweep is registered by its name where no other has it, {len(ids)} have the name {sweep} (--sweep). "
-            f"Give the {SWEEP_ID_TAG} tag of yours instead: {', '.join(ids)}."
-        )
+    runs = sweep_runs(client, sweep)
     sweep = runs[0].data.tags[SWEEP_TAG]
-    trials = [run for run in runs if run.data.tags.get(TRIAL_TAG) != "none"]
+    trials = [run for run in runs if run.data.tags.get(TRIAL_TAG) != SWEEP_ITSELF]
     if trial is not None:
         trials = [run for run in trials if run.info.run_name == f"{sweep}-{trial:03d}"]
     ended = [run for run in trials if OBJECTIVE in run.data.metrics and run.data.tags.get(STATE_TAG) == "finished"]

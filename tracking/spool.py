@@ -2,36 +2,60 @@
 
 Writing a line costs microseconds and never waits for a server. Each entry carries the time at which it happened,
 and MLflow keeps one row for equal (metric, step, time, value): sending an entry twice changes nothing.
+
+```
+tracking.jsonl           every entry, one JSON object a line
+tracking.jsonl.sent      how many bytes of it have been sent
+tracking.jsonl.refused   what the server will not take, each with the reason
+```
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from qafe.errors import TrackingError
 
 Entry = dict[str, Any]
 
 
+def _for_owner(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
+
+
 class Spool:
-    """One sweep's entries, in order, with a cursor beside them.
+    """One sweep's entries, in order, held by one process at a time.
 
     Args:
-        path: the file, for its owner alone (a store's URI may hold a password); its cursor is ``<path>.sent``.
+        path: the file, for its owner alone (a store's URI may hold a password).
+    Raises:
+        TrackingError: another process holds it, and sends it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cursor_path = path.with_name(path.name + ".sent")
+        self.refused_path = path.with_name(path.name + ".refused")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._drop_torn_line()
         self._lock = threading.Lock()
-        self._out = open(  # noqa: SIM115 (open for the spool's life)
-            path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)
-        )
+        self._out = open(path, "a", encoding="utf-8", opener=_for_owner)  # noqa: SIM115 (open for the spool's life)
+        try:
+            fcntl.flock(self._out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            if err.errno in (errno.EWOULDBLOCK, errno.EACCES):  # others: a disk without locks
+                self._out.close()
+                raise TrackingError(
+                    f"a spool is sent by one process, {path} is held by another. Its sweep still runs: wait for it."
+                ) from err
+        self._drop_torn_line()
 
     def append(self, entry: Entry) -> None:
         """Writes one entry; it survives the death of this process."""
@@ -66,19 +90,38 @@ class Spool:
         unfinished.write_text(str(place))
         unfinished.replace(self.cursor_path)
 
+    def set_aside(self, entry: Entry) -> None:
+        """Keeps an entry that the server will not take; one that was set aside before is kept once."""
+        if entry not in self.refused():
+            with open(self.refused_path, "a", encoding="utf-8", opener=_for_owner) as out:
+                out.write(json.dumps(entry) + "\n")
+
+    def refused(self) -> list[Entry]:
+        """The entries that were set aside."""
+        try:
+            return [json.loads(line) for line in self.refused_path.read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+
+    def keep_refused(self, entries: Sequence[Entry]) -> None:
+        """Replaces the entries that were set aside by those that are left of them."""
+        unfinished = self.refused_path.with_name(self.refused_path.name + ".unfinished")
+        with open(unfinished, "w", encoding="utf-8", opener=_for_owner) as out:
+            out.writelines(json.dumps(entry) + "\n" for entry in entries)
+        unfinished.replace(self.refused_path)
+        if not entries:
+            self.refused_path.unlink()
+
     def close(self) -> None:
-        """Closes the file for writing."""
-        with self._lock:
+        """Closes the file for writing, and lets another process hold it."""
+        with self._lock, contextlib.suppress(ValueError):  # closed before
             self._out.flush()
             os.fsync(self._out.fileno())
             self._out.close()
 
     def _drop_torn_line(self) -> None:
         """Cuts off a last line that a dying process did not finish."""
-        if not self.path.exists():
-            return
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            with open(self.path, "r+b") as out:
-                out.truncate(whole)
+            os.truncate(self.path, whole)

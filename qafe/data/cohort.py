@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,14 @@ class Cohort:
 
         return Cohort(self.store, self.manifest, pick(self.train), pick(self.validation), pick(self.test))
 
+    @property
+    def split_digest(self) -> str:
+        """sha256 over the data's digest and who is on which side with which score: equal for equal splits alone."""
+        digest = hashlib.sha256(self.manifest.digest.encode())
+        for part, samples in (("train", self.train), ("validation", self.validation), ("test", self.test)):
+            digest.update("".join(f"{part} {sample.id} {sample.score}\n" for sample in samples).encode())
+        return digest.hexdigest()
+
 
 def load_cohort(root: Path | str, settings: DataConfig) -> Cohort:
     """Reads, checks and splits a prepared dataset.
@@ -41,7 +50,15 @@ def load_cohort(root: Path | str, settings: DataConfig) -> Cohort:
         ManifestError: the dataset is missing or not what its CSV files say.
     """
     store = Store(root)
-    manifest = read_manifest(store)
+    return split_cohort(store, read_manifest(store), settings)
+
+
+def split_cohort(store: Store, manifest: Manifest, settings: DataConfig) -> Cohort:
+    """A manifest's samples, split as the settings say.
+
+    Raises:
+        ManifestError: there are too few patients for a split.
+    """
     train, validation = split_validation(manifest.train, settings.validation_fraction, settings.split_seed)
     test = manifest.test
     if settings.shuffle_labels:

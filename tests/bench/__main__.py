@@ -8,6 +8,7 @@ python -m tests.bench --device cuda                heatmaps and steps on a GPU
 python -m tests.bench growth [--plot FILE.png]
 python -m tests.bench search                       epochs that a search needs, on a synthetic objective
 python -m tests.bench sweeps [--plot FILE.png]     what a sweep costs beside its training
+python -m tests.bench tracking                     what tracking costs a training, and metrics a second
 python -m tests.bench faces --models testpack --model-root DIR VIDEO [VIDEO ...]
 """
 
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = subjects.add_parser("sweeps", parents=[common], help="a sweep's time and memory beside its training")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw memory and time over trials")
     sub.add_argument("--trials", type=int, default=200, help="short ones (default: %(default)s)")
+    subjects.add_parser("tracking", parents=[common], help="what tracking costs, and metrics a second")
     sub = subjects.add_parser("faces", parents=[common], help="raw video -> crops and landmarks")
     sub.add_argument("videos", type=Path, nargs="+")
     sub.add_argument("--models", default="buffalo_l")
@@ -127,7 +129,7 @@ def _run(options: argparse.Namespace) -> int:
         content["recorded"] = {"source": recorded.SOURCE, "scaled": False, "kernel_cpu_s_here": kernel_s}
         said.append(recorded.sentence(kernel_s))
     wide.print(_table(found.rows))
-    about = [_rivals(found.rows, options.published)] if options.subject not in ("search", "sweeps") else []
+    about = [_rivals(found.rows, options.published)] if options.subject not in ("search", "sweeps", "tracking") else []
     for sentence in (*about, *said, *(f"left out: {why}" for why in found.left_out)):
         wide.print(sentence, highlight=False)
     _write(options.json, content)
@@ -167,6 +169,10 @@ def _found(options: argparse.Namespace) -> Found:
         from . import sweeps
 
         return sweeps.bench(options.trials, figure=options.plot)
+    if subject == "tracking":
+        from . import tracking
+
+        return tracking.bench(options.rounds or 3)
     from . import faces
 
     return Found(faces.bench(options.videos, options.models, options.model_root, rounds))

@@ -1,12 +1,16 @@
 """What the command line plans, without starting it."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import sweeps.driver
-from qafe.config import from_json
+from qafe.config import from_json, override, tiny
+from qafe.data.cohort import load_cohort
+from sweeps import provenance
 from sweeps.plan import Plan
+from sweeps.provenance import trial_tags
 from sweeps.run import main
 from tests.conftest import QUICK_FLAGS
 from tests.tracking.stores import embedded
@@ -32,6 +36,61 @@ def test_a_resumed_sweep_keeps_its_cache(
     assert main([*line, *flags]) == 0
     assert main([*line, "--resume", "--no-cache"]) == 2
     assert "--no-cache with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_names_leave_only_where_that_is_allowed(
+    allowed: bool, sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr(sweeps.driver, "run_sweep", lambda plan, study, **_: plans.append(plan) or 0)
+    line = ["fusion_search", "--data-root", str(sample_root), "--storage", str(tmp_path), "--preset", "tiny"]
+    line += ["--tracking-uri", embedded(tmp_path), *QUICK_FLAGS, *(["--allow-identifiable"] if allowed else [])]
+    assert main(line) == 0
+    assert plans[0].identifiable is allowed
+    assert Plan.load(Path(plans[0].folder)).identifiable is allowed
+
+
+def test_a_trials_tags_say_which_split_it_had(sample_root: Path) -> None:
+    cohort = load_cohort(sample_root, tiny().data)
+    tags = [
+        trial_tags(override(tiny(), {"data.split_seed": seed, "train.seed": 3}), cohort, number, "tpe")
+        for number, seed in enumerate((0, 1, 0))
+    ]
+    assert [each["qafe.stage"] for each in tags] == ["baseline", "search", "search"]
+    assert [each["qafe.fold"] for each in tags] == ["0", "1", "0"]
+    assert {each["qafe.seed"] for each in tags} == {"3"}
+    digests = [each["qafe.split_digest"] for each in tags]
+    assert digests[0] == digests[2] != digests[1]
+    assert digests[0] == cohort.split_digest
+    shuffled = load_cohort(sample_root, override(tiny(), {"data.shuffle_labels": True}).data)
+    assert shuffled.split_digest != cohort.split_digest
+
+
+def test_a_diff_of_the_source_has_the_products_own_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        line = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        subprocess.run(line, check=True, capture_output=True)
+
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.delenv("QAFE_SOURCE_COMMIT", raising=False)
+    (tmp_path / "sweeps").mkdir()
+    for name in ("sweeps/provenance.py", "labels.csv"):
+        (tmp_path / name).write_text("before\n")
+    assert "mlflow.source.git.commit" not in provenance.source_tags()
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    assert provenance.source_tags()["mlflow.source.git.dirty"] == "false"
+    assert not provenance.write_diff(tmp_path / "source")
+    for name in ("sweeps/provenance.py", "labels.csv"):
+        (tmp_path / name).write_text("after\n")
+    assert provenance.source_tags()["mlflow.source.git.dirty"] == "true"
+    assert len(provenance.source_tags()["mlflow.source.git.commit"]) == 40
+    assert provenance.write_diff(tmp_path / "source")
+    diff = (tmp_path / "source" / "source.diff").read_text()
+    assert "sweeps/provenance.py" in diff
+    assert "labels" not in diff
 
 
 def test_a_bucket_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:

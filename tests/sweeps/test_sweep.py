@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -64,12 +65,21 @@ def test_the_summary_agrees_with_the_study_and_with_mlflow(done: Sweep) -> None:
             assert run.data.params[name] == str(value)
         assert run.inputs.dataset_inputs[0].dataset.name == "sample"
         assert "version.torch" in run.data.tags
+        for name in ("spearman", "spearman_smile", "spearman_frown"):
+            assert run.data.metrics[f"{name}_low"] <= run.data.metrics[f"{name}_high"]
+        assert run.data.metrics["system/system_memory_usage_percentage"] > 0
+        assert run.data.tags["qafe.expression"] == "smile,frown"
+        assert run.data.tags["qafe.stage"] == ("baseline" if row["trial"] == 0 else "search")
+        assert run.data.tags.get("pruned") == (str(row["epochs"]) if row["state"] == "pruned" else None)
+        assert platform.node() not in run.data.tags["qafe.host"]
+        assert trial.user_attrs["mlflow_run_id"] == run.info.run_id
     best = max((row for row in summary["trials"] if row["state"] == "finished"), key=lambda row: row["best_spearman"])
     assert summary["best"]["trial"] == best["trial"]
     assert summary["luck"]["max_observed"] == pytest.approx(max(row["best_spearman"] for row in summary["trials"]))
     assert parent.data.metrics["test_spearman"] == pytest.approx(summary["best"]["test_spearman"])
     names = {item.path for item in MlflowClient(done.uri).list_artifacts(parent.info.run_id)}
-    assert names == {"best_trials.csv", "importances.json", "report.html", "summary.json"}
+    # of a checkout with changes, these are there, too
+    assert names - {"source.diff"} == {"best_trials.csv", "importances.json", "report.html", "summary.json"}
 
 
 def test_no_name_or_path_of_the_data_reaches_mlflow(done: Sweep, sample_root: Path) -> None:

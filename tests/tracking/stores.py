@@ -26,14 +26,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(folder: Path, port: int) -> Iterator[str]:
-    """An MLflow server over a folder's embedded store; ended with the block."""
-    line = command(embedded(folder), folder / "mlartifacts", "127.0.0.1", port)
+def server(folder: Path, port: int, backend: str = "") -> Iterator[str]:
+    """An MLflow server over a folder's embedded store, or another; ended with the block."""
+    line = command(backend or embedded(folder), folder / "mlartifacts", "127.0.0.1", port)
     log = open(folder / "server.log", "ab")  # noqa: SIM115
     process = subprocess.Popen(line, cwd=folder, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
     try:
         uri = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+        for _ in range(1200):
             try:
                 with urllib.request.urlopen(f"{uri}/health", timeout=1) as answer:
                     if answer.status == 200:
@@ -42,7 +42,7 @@ def server(folder: Path, port: int) -> Iterator[str]:
                 assert process.poll() is None, (folder / "server.log").read_text()[-2000:]
                 time.sleep(0.1)
         else:
-            raise AssertionError("the server did not come up in a minute")
+            raise AssertionError("the server did not come up in two minutes")
         yield uri
     finally:
         process.terminate()

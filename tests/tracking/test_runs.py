@@ -224,7 +224,7 @@ def test_the_sender_outlives_what_it_cannot_foresee(
             raise failures.pop()
         return connect(uri)
 
-    monkeypatch.setattr("tracking.runs.connect", connect_at_last)
+    monkeypatch.setattr("tracking.sender.connect", connect_at_last)
     tracker = open_tracker(tmp_path, uri)
     tracker.sweep_ended("finished")
     assert tracker.close() == 0
@@ -242,7 +242,7 @@ def test_sending_a_spool_twice_changes_nothing(tmp_path: Path) -> None:
     tracker.sweep_ended("finished")
     assert tracker.close() == 0
     (tmp_path / "tracking.jsonl.sent").unlink()
-    assert replay(tmp_path / "tracking.jsonl") == 6
+    assert replay(tmp_path / "tracking.jsonl") == (6, 0)
     runs = runs_of(uri)
     assert sorted(runs) == ["s-1", "s-1-000"]
     assert steps_of(uri, runs["s-1-000"]) == [(1, 0.1), (2, 0.2)]

@@ -14,6 +14,7 @@ def test_entries_come_back_in_order_until_they_are_marked(tmp_path: Path) -> Non
             spool.mark_sent(place)
             break
     assert seen == [0, 1, 2]
+    spool.close()
     again = Spool(spool.path)
     assert [entry["number"] for entry, _ in again.unsent()] == [3, 4]
     assert [entry["number"] for entry in again.entries()] == [0, 1, 2, 3, 4]

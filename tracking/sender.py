@@ -1,0 +1,375 @@
+"""From a spool to MLflow: in order, in batches, each entry any number of times with the same result.
+
+Metrics and tags of one run that wait together become one request. What the server will not take is set aside with
+the reason, so that it does not hold up what comes after it; what it cannot take now is tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from qafe.errors import TrackingError
+from qafe.history import read_history
+
+from . import figures
+from .batches import BATCH, Item, as_entry, batches, refusal
+from .connection import connect, embedded_path, masked
+from .guard import Guard
+from .pseudonyms import load_key
+from .spool import Entry, Spool
+from .tags import (
+    CHECKPOINT_TAG,
+    EXPERIMENT_TAGS,
+    IDENTIFIABLE_TAG,
+    MLFLOW_STATUS,
+    MODEL_TYPE,
+    PRUNED_TAG,
+    REASON_TAG,
+    SPLIT_TAG,
+    STATE_TAG,
+    SWEEP_ID_TAG,
+    SWEEP_ITSELF,
+    SWEEP_TAG,
+    TRIAL_TAG,
+)
+
+logger = logging.getLogger(__name__)
+
+FAILURE_FILE = "failure.txt"
+MODEL_METRICS = ("spearman", "spearman_low", "spearman_high", "mae", "pearson")
+
+
+class Sender:
+    """Turns a spool's entries into MLflow runs.
+
+    Attributes:
+        runs: MLflow's run ids by trial; the sweep's own under ``""``.
+        ended: trials whose end, with all files, has been sent.
+        well: whether the server took what it was last given.
+        given_up: set when the rest is left to a replay, which must be the only one to send it.
+    """
+
+    def __init__(self, spool: Spool) -> None:
+        self.spool = spool
+        self.runs: dict[str, str] = {}
+        self.ended: set[str] = set()
+        self.experiment_id = ""
+        self.well = False
+        self.given_up = threading.Event()
+        self._client: MlflowClient | None = None
+        self._opened: Entry | None = None
+        self._guard: Guard | None = None
+        self._said_refused = False
+        self._handlers: dict[str, Callable[[MlflowClient, Entry], None]] = {
+            "open": self._open,
+            "trial": self._trial,
+            "trial_end": self._trial_end,
+            "sweep_files": self._sweep_files,
+            "sweep_end": self._sweep_end,
+        }
+
+    def send_all(self) -> int:
+        """Sends every unsent entry and returns how many there were.
+
+        Raises:
+            TrackingError: the server did not take one; it and the rest stay unsent.
+        """
+        count, place = 0, None
+        waiting: dict[str, list[Item]] = {}
+        for entry, after in self.spool.unsent():
+            if self.given_up.is_set():
+                break
+            if entry["kind"] in self._handlers:
+                self._flush(waiting, place)
+                self._send(entry)
+                self.spool.mark_sent(after)
+                place = None
+            else:
+                waiting.setdefault(entry["trial"], []).extend(self._items(entry))
+                place = after
+                if sum(map(len, waiting.values())) >= BATCH:
+                    self._flush(waiting, place)
+                    place = None
+            count += 1
+        self._flush(waiting, place)
+        return count
+
+    def send_refused(self) -> int:
+        """Tries again what the server refused before, and returns how many entries it still refuses.
+
+        Raises:
+            TrackingError: the server does not answer.
+        """
+        entries, left = self.spool.refused(), []
+        for entry in entries:
+            tried = {name: value for name, value in entry.items() if name != "refused"}
+            with self._translated(tried["kind"]):
+                client = self._connected()
+                try:
+                    if tried["kind"] == "items":
+                        self._request(client, self._run_id(client, tried["trial"]), self._items(tried))
+                    else:
+                        self._handle(client, tried)
+                except Exception as err:
+                    if not refusal(err):
+                        raise
+                    left.append(tried | {"refused": str(err)})
+        if entries:
+            self.spool.keep_refused(left)
+        return len(left)
+
+    def _send(self, entry: Entry) -> None:
+        """One entry that is more than metrics and tags."""
+        if entry["kind"] == "open":
+            self._opened, self._client, self._guard, self.runs = entry, None, None, {}
+        with self._translated(entry["kind"]):
+            client = self._connected()
+            try:
+                self._handle(client, entry)
+            except Exception as err:
+                if not refusal(err):
+                    raise
+                client.search_experiments(max_results=1)  # a sick database refuses all: then this raises, too
+                self._set_aside(entry, err)
+
+    def _handle(self, client: MlflowClient, entry: Entry) -> None:
+        self._handlers[entry["kind"]](client, self._guard_of_sweep().entry(entry))
+
+    def _flush(self, waiting: dict[str, list[Item]], place: int | None) -> None:
+        """Sends the metrics and tags that wait, one run after the other, and moves the cursor."""
+        if place is None:
+            return
+        with self._translated("epoch"):
+            client = self._connected()
+            for trial, items in waiting.items():
+                for batch in batches(items):
+                    self._log(client, trial, batch)
+        waiting.clear()
+        self.spool.mark_sent(place)
+
+    def _log(self, client: MlflowClient, trial: str, batch: Sequence[Item]) -> None:
+        """Logs a batch; what the server refuses of it is set aside, the rest is logged."""
+        run_id = self._run_id(client, trial)
+        try:
+            self._request(client, run_id, batch)
+        except MlflowException as err:
+            if not refusal(err):
+                raise
+            # A sick database refuses all: then this raises, too. Nor is a run that people have deleted to be halved.
+            gone = client.get_run(run_id).info.lifecycle_stage != "active"
+            if len(batch) == 1 or gone:
+                self._set_aside({"kind": "items", "trial": trial} | as_entry(batch), err)
+                return
+            for part in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                self._log(client, trial, part)
+
+    def _request(self, client: MlflowClient, run_id: str, batch: Sequence[Item]) -> None:
+        client.log_batch(
+            run_id,
+            metrics=[item for item in batch if isinstance(item, Metric)],
+            params=[item for item in batch if isinstance(item, Param)],
+            tags=[item for item in batch if isinstance(item, RunTag)],
+        )
+
+    def _set_aside(self, entry: Entry, err: Exception) -> None:
+        self.spool.set_aside(entry | {"refused": str(err)})
+        if not self._said_refused:
+            self._said_refused = True
+            logger.warning("the tracking server refuses something (%s): %s", self.spool.refused_path, str(err)[:200])
+
+    def _items(self, entry: Entry) -> list[Item]:
+        """What an entry of metrics, params or tags holds, guarded."""
+        entry = self._guard_of_sweep().entry(entry)
+        moment, step = entry.get("time", 0), entry.get("step", 0)
+        items: list[Item] = [Metric(name, value, moment, step) for name, value in entry.get("metrics", {}).items()]
+        items += [Metric(name, value, *when) for name, value, *when in entry.get("rows", [])]
+        items += [Param(name, value) for name, value in entry.get("params", {}).items()]
+        return items + [RunTag(name, value) for name, value in entry.get("tags", {}).items()]
+
+    def _opening(self) -> Entry:
+        if self._opened is None:  # the spool goes on after an opening that has been sent
+            self._opened = [past for past in self.spool.entries() if past["kind"] == "open"][-1]
+        return self._opened
+
+    def _guard_of_sweep(self) -> Guard:
+        if self._guard is None:
+            opened = self._opening()
+            self._guard = Guard(opened.get("names", ()), opened.get("folders", ()), on=not opened.get("identifiable"))
+        return self._guard
+
+    def _connected(self) -> MlflowClient:
+        if self._client is None:
+            opened = self._opening()
+            client = connect(opened["uri"])
+            name = self._guard_of_sweep().text(opened["experiment"])
+            self.experiment_id = experiment_id(client, name, opened["uri"])
+            self._client = client
+        return self._client
+
+    @contextlib.contextmanager
+    def _translated(self, kind: str) -> Iterator[None]:
+        """Errors of MLflow and its database drivers, which raise almost anything, in one line."""
+        try:
+            yield
+        except TrackingError:
+            raise
+        except Exception as err:
+            raise TrackingError(
+                f"the tracking server must take a sweep's {kind} entry, got {type(err).__name__} from "
+                f"{masked(self._opening()['uri'])}: {str(err)[:200]}. The entry is kept in {self.spool.path}."
+            ) from err
+
+    def _run_id(self, client: MlflowClient, trial: str, entry: Entry | None = None) -> str:
+        """The run of a trial (or, for ``""``, of the sweep): known, found by its tags, or made."""
+        if trial not in self.runs:
+            found = self._find(client, trial)
+            self.runs[trial] = found[0] if found else self._create(client, trial, entry)
+            # A request whose answer was lost may have been made twice: one of the runs is the trial's.
+            for twin in found or self._find(client, trial):
+                if twin != self.runs[trial]:
+                    client.delete_run(twin)
+        return self.runs[trial]
+
+    def _find(self, client: MlflowClient, trial: str) -> list[str]:
+        sweep_id, own = self._opening()["sweep_id"], trial or SWEEP_ITSELF
+        query = f"tags.`{SWEEP_ID_TAG}` = '{sweep_id}' AND tags.`{TRIAL_TAG}` = '{own}'"
+        return sorted(run.info.run_id for run in client.search_runs([self.experiment_id], query))
+
+    def _create(self, client: MlflowClient, trial: str, entry: Entry | None) -> str:
+        opened = self._opening()
+        sweep = self._guard_of_sweep().text(opened["sweep"])
+        tags = self._common_tags()
+        tags |= {SWEEP_TAG: sweep, SWEEP_ID_TAG: opened["sweep_id"], TRIAL_TAG: trial or SWEEP_ITSELF}
+        tags["mlflow.source.name"] = "sweeps.run"
+        if trial:
+            tags["mlflow.parentRunId"] = self._run_id(client, "")
+        name = f"{sweep}-{entry['number']:03d}" if entry and trial else sweep
+        started = entry["time"] if entry else now_ms()
+        made = client.create_run(self.experiment_id, start_time=started, tags=tags, run_name=name)
+        return str(made.info.run_id)
+
+    def _common_tags(self) -> dict[str, str]:
+        """What all runs of the sweep are tagged with."""
+        guard = self._guard_of_sweep()
+        tags: dict[str, str] = guard.tree(self._opening()["tags"])
+        return tags if guard.on else tags | {IDENTIFIABLE_TAG: "allowed"}
+
+    def _open(self, client: MlflowClient, entry: Entry) -> None:
+        self._begin(client, "", entry)
+
+    def _trial(self, client: MlflowClient, entry: Entry) -> None:
+        self._begin(client, entry["trial"], entry)
+
+    def _begin(self, client: MlflowClient, trial: str, entry: Entry) -> None:
+        """Params, tags and dataset of a run that begins or goes on."""
+        run_id = self._run_id(client, trial, entry)
+        known = client.get_run(run_id)
+        # MLflow refuses to change a param: a run that goes on gets only what it does not have.
+        items: list[Item] = [Param(k, v) for k, v in entry["params"].items() if k not in known.data.params]
+        tags = self._common_tags() | entry.get("tags", {})
+        items += [RunTag(name, value) for name, value in tags.items() if known.data.tags.get(name) != value]
+        for batch in batches(items):
+            self._log(client, trial, batch)
+        for ending in {STATE_TAG, REASON_TAG, PRUNED_TAG} & known.data.tags.keys():
+            client.delete_tag(run_id, ending)
+        if not (known.inputs and known.inputs.dataset_inputs):
+            data = self._guard_of_sweep().tree(self._opening()["dataset"])
+            client.log_inputs(run_id, [_dataset_input(data, tags.get(SPLIT_TAG, ""))])
+        client.update_run(run_id, status="RUNNING")
+
+    def _trial_end(self, client: MlflowClient, entry: Entry) -> None:
+        trial, run_id = entry["trial"], self._run_id(client, entry["trial"])
+        tags = {STATE_TAG: entry["state"]}
+        if entry["reason"]:
+            tags[REASON_TAG] = entry["reason"]
+        if entry["state"] == "pruned":
+            tags[PRUNED_TAG] = str(entry.get("epochs", 0))
+        self._log(client, trial, [RunTag(name, value) for name, value in tags.items()])
+        # Before its files: should the server refuse one of them, the run has ended all the same.
+        client.set_terminated(run_id, status=MLFLOW_STATUS[entry["state"]], end_time=entry["time"])
+        if entry.get("trace"):
+            client.log_text(run_id, entry["trace"], FAILURE_FILE)
+        if entry["folder"]:
+            with contextlib.ExitStack() as stack:
+                try:
+                    folder = stack.enter_context(figures.trial_files(Path(entry["folder"]), load_key()))
+                    self._guard_of_sweep().clean(folder)
+                except Exception as err:  # whatever is wrong with the checkpoint, the others have to be sent
+                    logger.warning("run %s gets no files: %s", run_id, err)
+                else:
+                    client.log_artifacts(run_id, str(folder))
+                    if entry["state"] == "finished":
+                        self._model(client, run_id, Path(entry["folder"]))
+        self.ended.add(trial)
+
+    def _model(self, client: MlflowClient, run_id: str, checkpoint: Path) -> None:
+        """The run's best weights as a model that MLflow's UI lists, with the run's own numbers of their epoch."""
+        step = max(entry.best_epoch for entry in read_history(checkpoint).values())
+        found = client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'")
+        model = next((each for each in found if each.model_type == MODEL_TYPE), None)
+        if model is None:
+            weights = {CHECKPOINT_TAG: f"runs:/{run_id}/{figures.CHECKPOINT_FOLDER}"}
+            model = client.create_logged_model(
+                self.experiment_id, name=MODEL_TYPE, source_run_id=run_id, tags=weights, model_type=MODEL_TYPE
+            )
+        # The very rows that the run has: a row of another time would be one more step there.
+        rows = [row for name in MODEL_METRICS for row in client.get_metric_history(run_id, name) if row.step == step]
+        linked = [Metric(row.key, row.value, row.timestamp, row.step, model_id=model.model_id) for row in rows]
+        if linked:
+            client.log_batch(run_id, metrics=linked)
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+        client.finalize_logged_model(model.model_id, "READY")
+
+    def _sweep_files(self, client: MlflowClient, entry: Entry) -> None:
+        with self._guard_of_sweep().cleaned(Path(entry["folder"])) as folder:
+            client.log_artifacts(self._run_id(client, ""), str(folder))
+        for batch in batches([Metric(name, value, entry["time"], 0) for name, value in entry["metrics"].items()]):
+            self._log(client, "", batch)
+
+    def _sweep_end(self, client: MlflowClient, entry: Entry) -> None:
+        self._log(client, "", [RunTag(STATE_TAG, entry["state"])])
+        status = MLFLOW_STATUS[entry["state"]]
+        client.set_terminated(self._run_id(client, ""), status=status, end_time=entry["time"])
+
+
+def now_ms() -> int:
+    """The time, as MLflow counts it."""
+    return int(time.time() * 1000)
+
+
+def _dataset_input(data: Mapping[str, Any], split: str) -> DatasetInput:
+    """The data that a run read: its digest, how many clips each part has, and which split it was."""
+    profile = json.dumps(data.get("clips", {}))
+    entity = Dataset(name=data["name"], digest=data["digest"][:36], source_type="local", source="{}", profile=profile)
+    tags = {"mlflow.data.context": "training"} | ({SPLIT_TAG: split} if split else {})
+    return DatasetInput(dataset=entity, tags=[InputTag(name, value) for name, value in tags.items()])
+
+
+def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    """The experiment of this name; made where it is not there, brought back where it was deleted."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        store = embedded_path(uri)
+        # MLflow's own default is mlruns in the current folder, which is another one in the next process.
+        beside = (store.parent / "mlruns" / name).as_uri() if store else None
+        try:
+            return str(client.create_experiment(name, artifact_location=beside, tags=EXPERIMENT_TAGS))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            # another sweep has just made it
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
