@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.entities import LifecycleStage
+from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from sqlalchemy import Connection, text
@@ -161,16 +162,19 @@ def remove(store: SqlAlchemyStore, one: Leftover) -> None:
 
 def _needed(connection: Connection) -> tuple[dict[str, str], dict[str, str]]:
     """Runs and models that registered versions come from, each with the name of one version."""
-    versions = _rows(connection, "SELECT name, version, run_id, source, storage_location FROM model_versions")
+    versions = [row for row in _rows(
+        connection, "SELECT name, version, run_id, source, storage_location, current_stage FROM model_versions")
+        if row["current_stage"] != STAGE_DELETED_INTERNAL]  # fmt: skip
     tags = _rows(connection, "SELECT name, version, value FROM model_version_tags WHERE key = 'trial_run'")
     models = _rows(connection, "SELECT model_id, artifact_location, source_run_id FROM logged_models")
     runs = _rows(connection, "SELECT run_uuid, artifact_uri FROM runs")
     parents = {row["run_uuid"]: row["value"] for row in _rows(
         connection, "SELECT run_uuid, value FROM tags WHERE key = 'mlflow.parentRunId'")}  # fmt: skip
     needed_models: dict[str, str] = {}
-    needed_runs = {str(row["value"]): f"{row['name']} {row['version']}" for row in tags}
+    labels = {(version["name"], version["version"]): f"{version['name']} {version['version']}" for version in versions}
+    needed_runs = {str(row["value"]): labels[key] for row in tags if (key := (row["name"], row["version"])) in labels}
     for version in versions:
-        label = f"{version['name']} {version['version']}"
+        label = labels[version["name"], version["version"]]
         places = [str(place) for place in (version["source"], version["storage_location"]) if place]
         if version["run_id"]:
             needed_runs.setdefault(version["run_id"], label)

@@ -18,17 +18,15 @@ from .stores import embedded
 DAY_MS = 24 * 3600 * 1000
 
 
-class Echo(mlflow.pyfunc.PythonModel):
-    def predict(self, context: object, model_input: list[str]) -> list[str]:
-        return model_input
-
-
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MlflowClient, dict[str, str]]:
     """Two sweeps of one trial each with a model; the first one's is registered. All of it was deleted."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # mlflow.set_tracking_uri sets it: undone after the test
     client = connect(embedded(tmp_path))
     mlflow.set_tracking_uri(client.tracking_uri)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "MLmodel").write_text("weights")
     ids = {}
     for name in ("kept", "gone"):
         experiment = client.create_experiment(name, artifact_location=(tmp_path / "mlruns" / name).as_uri())
@@ -36,12 +34,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MlflowClient
         trial = client.create_run(experiment, run_name=name, tags={"mlflow.parentRunId": sweep}).info.run_id
         for run in (sweep, trial):
             client.log_text(run, "x" * 1000, "report.txt")
-        with mlflow.start_run(run_id=trial):
-            model = mlflow.pyfunc.log_model(name="model", python_model=Echo(), pip_requirements=[])
+        model = client.create_logged_model(experiment, name="qafe-net", source_run_id=trial)
+        client.log_model_artifacts(model.model_id, str(weights))
+        client.finalize_logged_model(model.model_id, "READY")
         ids |= {f"{name} experiment": experiment, f"{name} sweep": sweep, f"{name} trial": trial,
                 f"{name} model": model.model_id}  # fmt: skip
         if name == "kept":
-            mlflow.register_model(model.model_uri, "qafe-net")
+            client.create_registered_model("qafe-net")
+            client.create_model_version("qafe-net", f"models:/{model.model_id}", trial, model_id=model.model_id)
     for name in ("kept", "gone"):
         client.delete_experiment(ids[f"{name} experiment"])
     return client, ids
@@ -79,7 +79,6 @@ def test_only_what_no_version_needs_goes(
     assert not (tmp_path / "mlruns" / "gone").exists()
     local = mlflow.artifacts.download_artifacts(artifact_uri="models:/qafe-net/1", dst_path=str(tmp_path / "got"))
     assert (Path(local) / "MLmodel").is_file()
-    mlflow.pyfunc.load_model("models:/qafe-net/1")
     assert set(gc(tmp_path, capsys, "--older-than", "0")) == {
         ids[f"kept {kind}"] for kind in ("experiment", "sweep", "trial", "model")
     }

@@ -3,24 +3,21 @@
 import http.client
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import requests
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.server.auth.client import AuthServiceClient
 
 from qafe.errors import TrackingError
+from sweeps.run import main as sweep
 from tracking import registry
 from tracking.accounts import Accounts
 from tracking.connection import connect, masked, resolve_uri
-from tracking.runs import Sender
+from tracking.runs import SPOOL_FILE, replay
 from tracking.server import main
-from tracking.spool import Spool
 
 from .conftest import PASSWORDS, Live
 from .stores import free_port
@@ -148,8 +145,8 @@ def test_a_grant_and_its_end(live: Live, champion: str, monkeypatch: pytest.Monk
     assert main(["user", *live.flags, "grant", "rita", "experiment:of cora", "EDIT"]) == 0
     live.become("rita", monkeypatch).log_metric(champion, "note", 1.0)
     assert main(["user", *live.flags, "grant", "rita", "experiment:of cora", "READ"]) == 0
+    client = live.become("rita", monkeypatch)
     with pytest.raises(MlflowException, match="403"):
-        client = live.become("rita", monkeypatch)
         client.log_metric(champion, "note", 2.0)
 
 
@@ -209,19 +206,23 @@ def test_an_experiment_names_no_folder_of_the_server(live: Live, monkeypatch: py
             client.create_experiment("theirs", artifact_location=place)
 
 
-def test_a_wrong_password_is_one_line(live: Live, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_wrong_password_is_one_line(
+    live: Live,
+    sample_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     live.become("rita", monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-wrong-password")
     with pytest.raises(TrackingError, match=r"refused rita \(401\). Set MLFLOW_TRACKING_USERNAME and") as refused:
         connect(live.url)
     assert "a-wrong-password" not in str(refused.value)
-    sweep = [sys.executable, "-m", "sweeps.run", "fusion_search", "--trials", "1", "--storage", str(tmp_path)]
-    done = subprocess.run(
-        [*sweep, "--tracking-uri", live.url], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 2
-    assert "error: the tracking server must know name and password" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert sweep(["fusion_search", "--data-root", str(sample_root), "--storage", str(tmp_path / "storage")]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: the tracking server must know name and password")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sweep_logs_with_an_account_of_its_environment(
@@ -243,9 +244,7 @@ def test_a_sweep_logs_with_an_account_of_its_environment(
     assert all(PASSWORDS["ed"].encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_credentials_of_the_users_file_are_enough(
-    live: Live, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_credentials_of_the_users_file_are_enough(live: Live, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / ".mlflow"
@@ -293,16 +292,21 @@ def test_the_uris_password_is_in_no_message(
     tracker = open_tracker(tmp_path, away)
     tracker.close(patience_s=1.0)
     with pytest.raises(TrackingError) as unsent:
-        Sender(Spool(tmp_path / "tracking.jsonl")).send_all()
+        replay(tmp_path / SPOOL_FILE)
     said = f"{failed.value} {unsent.value} {caplog.text}"
     assert "127.0.0.1" in said
     assert "pass" not in said.replace("password", "").replace("passwd", "")
 
 
 def test_what_others_say_is_masked() -> None:
-    assert masked("API request to http://ana:geheim@host:1/api failed") == "API request to http://ana:***@host:1/api failed"
+    assert (
+        masked("API request to http://ana:geheim@host:1/api failed")
+        == "API request to http://ana:***@host:1/api failed"
+    )
     assert masked("postgresql://ana:ge@heim@host/db?sslmode=require") == "postgresql://ana:***@host/db?sslmode=require"
-    assert masked("postgresql://host/db?user=ana&password=geheim&x=1") == "postgresql://host/db?user=ana&password=***&x=1"
+    assert (
+        masked("postgresql://host/db?user=ana&password=geheim&x=1") == "postgresql://host/db?user=ana&password=***&x=1"
+    )
     assert masked("http://host:5000/models:/qafe-net@champion") == "http://host:5000/models:/qafe-net@champion"
 
 
