@@ -1,17 +1,21 @@
 """One real server with accounts for all tests of this folder that need one: a start takes seconds."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow
 import pytest
 import requests
 from mlflow import MlflowClient
 
 from tracking import server
 from tracking.accounts import ADMIN_PASSWORD_VARIABLE, Accounts
+from tracking.database import Database
+from tracking.migrate import prepare
 
 from .stores import embedded, free_port
 
@@ -45,6 +49,25 @@ class Live:
 
     def get(self, path: str, name: str = "admin", **more: object) -> requests.Response:
         return requests.get(f"{self.url}{path}", auth=(name, PASSWORDS[name]), timeout=30, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store, to be copied: MLflow takes seconds to make one."""
+    folder = tmp_path_factory.mktemp("schema")
+    prepare(Database(embedded(folder)))
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def place(schema: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an empty embedded store, which is MLflow's own default during the test."""
+    folder = tmp_path / "a store"
+    folder.mkdir()
+    shutil.copy(schema, folder / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", embedded(folder))
+    mlflow.set_tracking_uri(embedded(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -108,10 +108,9 @@ def test_a_backup_while_it_is_logged_to_has_all_that_was_there(
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
+def store(place: Path, tmp_path: Path) -> Path:
     """An embedded store as a sweep makes it: its experiment's artifacts lie in an absolute folder."""
-    folder = tmp_path / "a store"
-    folder.mkdir()
+    folder = place
     client = connect(embedded(folder))
     experiment = client.create_experiment("fusion", artifact_location=(folder / "mlruns" / "fusion").as_uri())
     run = client.create_run(experiment, run_name="trial").info
@@ -138,7 +137,6 @@ def test_an_embedded_store_moves_with_its_folders(store: Path, tmp_path: Path, m
     (run,) = client.search_runs([experiment.experiment_id])
     got = client.download_artifacts(run.info.run_id, "figures/a b.txt", str(tmp_path))
     assert Path(got).read_text() == "figure"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # mlflow.set_tracking_uri sets it: undone after the test
     mlflow.set_tracking_uri(client.tracking_uri)
     folder = mlflow.artifacts.download_artifacts("models:/qafe-net@champion", dst_path=str(tmp_path / "got"))
     assert (Path(folder) / "model.txt").read_text() == "weights"
