@@ -126,23 +126,24 @@ def store(place: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_embedded_store_moves_with_its_folders(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedded_store_moves_with_its_folders(store: Path, tmp_path: Path) -> None:
     assert main(["backup", "--backend", embedded(store), str(tmp_path / "backup")]) == 0
     shutil.rmtree(store)  # nothing may be read from the old place
     new = tmp_path / "new place"
     assert main(["restore", str(tmp_path / "backup"), str(new)]) == 0
+    mlflow.set_tracking_uri(embedded(new))
     client = connect(embedded(new), create=False)
     experiment = client.get_experiment_by_name("fusion")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     got = client.download_artifacts(run.info.run_id, "figures/a b.txt", str(tmp_path))
     assert Path(got).read_text() == "figure"
-    mlflow.set_tracking_uri(client.tracking_uri)
     folder = mlflow.artifacts.download_artifacts("models:/qafe-net@champion", dst_path=str(tmp_path / "got"))
     assert (Path(folder) / "model.txt").read_text() == "weights"
     with closing(sqlite3.connect(new / "mlflow.db")) as database:
         assert not [line for line in database.iterdump() if str(store) in line or store.as_uri() in line]
-    client.log_text(run.info.run_id, "more", "more.txt")
+    client.log_text(client.create_run(experiment.experiment_id).info.run_id, "more", "more.txt")
+    assert [path.relative_to(new).parts[0] for path in new.rglob("more.txt")] == ["mlruns"]
     assert not store.exists()
 
 
