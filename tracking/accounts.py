@@ -159,13 +159,24 @@ def environment(home: Path) -> dict[str, str]:
     if not (home / SECRET_FILE).exists():
         write_secret(home / SECRET_FILE, secrets.token_hex(32))
     secret = os.environ.get(SECRET_VARIABLE) or (home / SECRET_FILE).read_text().strip()
-    return {"MLFLOW_AUTH_CONFIG_PATH": str((home / CONFIG_FILE).resolve()), SECRET_VARIABLE: secret}
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]  # of gate.py
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str((home / CONFIG_FILE).resolve()),
+        SECRET_VARIABLE: secret,
+        "PYTHONPATH": os.pathsep.join(path),
+    }
 
 
 def own_folder(folder: Path) -> None:
-    """Makes a folder that only this account can look into."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    """Makes a folder that only this account can look into; one that is there stays as it is.
+
+    Raises:
+        TrackingError: it cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as err:
+        raise TrackingError(f"a folder must be writable, {folder} cannot be made ({err.strerror}). Name another one.") from err  # fmt: skip  # noqa: E501
 
 
 def write_secret(path: Path, secret: str) -> None:

@@ -133,7 +133,9 @@ def run_restore(folder: Path, target: Path, backend: str | None = None) -> int:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{target}: {_said(manifest['rows'])}")
-    flags = "" if database.file else f" --artifacts {target / ARTIFACTS_FOLDER} --home {target / HOME_FOLDER}"
+    flags = "" if database.file else f" --home {target / HOME_FOLDER}"
+    if manifest["elsewhere"] or not database.file:
+        flags += f" --artifacts {(*manifest['elsewhere'], target / ARTIFACTS_FOLDER)[0]}"
     print(f"start it:  python -m tracking.server start --backend {masked(database.uri)}{flags}", file=sys.stderr)
     return 0
 

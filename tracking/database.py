@@ -56,7 +56,12 @@ class Database:
         Raises:
             TrackingError: the database does not answer, or refuses a statement.
         """
-        engine = sqlalchemy.create_engine(self.url.set(database=name) if name else self.url, poolclass=NullPool)
+        try:
+            engine = sqlalchemy.create_engine(self.url.set(database=name) if name else self.url, poolclass=NullPool)
+        except ImportError as err:
+            raise TrackingError(
+                f"PostgreSQL needs psycopg, which is not installed ({masked(self.uri)}). pip install 'qafe-net[postgres]'."
+            ) from err
         try:
             yield engine
         except SQLAlchemyError as err:

@@ -104,7 +104,13 @@ def prepare(database: Database, schema: Schema = TRACKING) -> Path | None:
     if database.file is None:
         _prepare_postgresql(database, schema)
         return None
-    database.file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        database.file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise TrackingError(
+            f"the folder of a store must be there or be made, {database.file.parent} cannot be ({err.strerror}) "
+            "(--backend, --tracking-uri or MLFLOW_TRACKING_URI). Name another one."
+        ) from err
     with _locked(database.file.parent):
         if _is_current(database, schema):  # another process was first
             return None

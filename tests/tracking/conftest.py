@@ -1,8 +1,6 @@
 """One real server with accounts for all tests of this folder that need one: a start takes seconds."""
 
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +75,6 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     flags = ["--backend", embedded(folder)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ADMIN_PASSWORD_VARIABLE, PASSWORDS["admin"])
-        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))  # the gate, inside the server
         assert server.main(["start", *flags, "--port", str(port), "--auth", "--background"]) == 0
     try:
         people = Accounts(folder / "mlflow-server")
