@@ -60,15 +60,17 @@ class Database:
             engine = sqlalchemy.create_engine(self.url.set(database=name) if name else self.url, poolclass=NullPool)
         except ImportError as err:
             raise TrackingError(
-                f"PostgreSQL needs psycopg, which is not installed ({masked(self.uri)}). pip install 'qafe-net[postgres]'."
+                f"PostgreSQL needs psycopg, which is not installed ({masked(self.uri)}). "
+                "pip install 'qafe-net[postgres]'."
             ) from err
         try:
             yield engine
         except SQLAlchemyError as err:
-            said = str(getattr(err, "orig", None) or err).strip().splitlines()
+            cause = getattr(err, "orig", None) or err
+            said = (str(cause).strip().splitlines() or [""])[0]
             raise TrackingError(
-                f"the database must answer and allow this, {masked(self.uri)} says: {masked(said[0] if said else '')} "
-                "(--backend). Check that it runs, its name, the account and its rights."
+                f"the database must answer and allow this, {masked(self.uri)} says: {type(cause).__name__}: "
+                f"{masked(said)} (--backend). Check that it runs, its name, the account and its rights."
             ) from err
         finally:
             engine.dispose()
