@@ -36,7 +36,7 @@ def older_store(uri: str) -> str:
     with engine.begin() as connection:
         connection.execute(sqlalchemy.text("INSERT INTO experiments (experiment_id, name, lifecycle_stage) VALUES (7, 'old', 'active')"))  # fmt: skip  # noqa: E501
         for number in range(3):
-            connection.execute(sqlalchemy.text("INSERT INTO runs (run_uuid, name, status, lifecycle_stage, experiment_id, artifact_uri, user_id, source_type) VALUES (:run, :run, 'FINISHED', 'active', 7, '/tmp', 'ana', 'LOCAL')"), {"run": f"{number:032x}"})  # fmt: skip  # noqa: E501
+            connection.execute(sqlalchemy.text("INSERT INTO runs (run_uuid, name, status, lifecycle_stage, experiment_id, artifact_uri, user_id, source_type, start_time) VALUES (:run, :run, 'FINISHED', 'active', 7, '/tmp', 'ana', 'LOCAL', 1)"), {"run": f"{number:032x}"})  # fmt: skip  # noqa: E501
     engine.dispose()
     return revision
 
