@@ -35,7 +35,8 @@ from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
 from .live import LiveView
 from .notify import Outcome, notified
 from .plan import STUDY_FOLDER, Plan, clip_counts, source_tags, study_tags, sweep_params
-from .searcher import OBJECTIVE, Pause, StudyScheduler, StudySearcher, budget_used
+from .results import OBJECTIVE
+from .searcher import Pause, StudyScheduler, StudySearcher, budget_used
 from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
 from .sweep import Sweep
 from .trial import TrialPlan, train_trial
@@ -138,7 +139,9 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     """All trials, then the report; KeyboardInterrupt if Ctrl-C or ``sweeps.stop`` ended the trials early."""
     started = time.monotonic()
     folder, control = Path(plan.folder), Control(Path(plan.folder))
-    searcher = StudySearcher(plan, sweep)
+    places = _places(plan)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(places)  # else Ray starts one worker after the other
+    searcher = StudySearcher(plan, sweep, places)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
     _run_and_pause(plan, searcher, tracker, control, deadline)
     budget_spent = time.monotonic() >= deadline
@@ -157,6 +160,15 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
         raise KeyboardInterrupt
     ended_by = searcher.closed.reason if searcher.closed else ""
     return _report(plan, cohort, searcher.study, tracker, time.monotonic() - started, ended_by)
+
+
+def _places(plan: Plan) -> int:
+    """How many trials the cluster runs at once."""
+    has, gpus = ray.cluster_resources(), plan.gpus_per_trial
+    places = int(has.get("CPU", 0) / plan.cpus_per_trial)
+    if gpus > 0:
+        places = min(places, int(has.get("GPU", 0)) * int(1 / gpus) if gpus < 1 else int(has.get("GPU", 0) / gpus))
+    return max(1, places)
 
 
 def _run_and_pause(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +50,10 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Makes the MLflow UI open the model training views, not those for language models."""
 FAILURE_FILE = "failure.txt"
 LONGEST_VALUE = 500
+EPOCHS_EVERY_S = 1.0
+"""Epochs that end within this time are sent together: a request costs the driver's machine the same for many."""
+LARGEST_BATCH = 1000
+"""Metrics in one request, as MLflow allows."""
 
 
 def now_ms() -> int:
@@ -95,6 +100,7 @@ class SweepTracker:
         self._sender = Sender(self.spool)
         self._stop = threading.Event()
         self._wake = threading.Event()
+        self._hurry = threading.Event()
         self._append(
             kind="open",
             uri=uri,
@@ -168,6 +174,7 @@ class SweepTracker:
     def close(self, patience_s: float = 60.0) -> int:
         """Sends what is left, for as long as patience lasts, and returns how many entries could not be sent."""
         self._stop.set()
+        self._hurry.set()
         self._wake.set()
         self._thread.join(timeout=patience_s)
         self._sender.given_up.set()
@@ -190,12 +197,17 @@ class SweepTracker:
     def wait_until_sent(self, patience_s: float) -> bool:
         """Waits until the spool is empty; False when patience ran out."""
         deadline = time.monotonic() + patience_s
-        while time.monotonic() < deadline:
-            if next(self.spool.unsent(), None) is None:
-                return True
-            self._wake.set()
-            time.sleep(0.05)
-        return False
+        self._hurry.set()
+        try:
+            while time.monotonic() < deadline:
+                if next(self.spool.unsent(), None) is None:
+                    return True
+                self._wake.set()
+                time.sleep(0.05)
+            return False
+        finally:
+            if not self._stop.is_set():
+                self._hurry.clear()
 
     def _append(self, **entry: Any) -> None:
         self.spool.append(entry | {"time": now_ms()})
@@ -212,6 +224,7 @@ class SweepTracker:
                     return
                 if sent == 0:
                     self._wake.wait()
+                    self._hurry.wait(EPOCHS_EVERY_S)
             except Exception as err:  # a full disk, a damaged line: the thread must outlive what it cannot foresee
                 logger.warning("tracking waits: %s", err)
                 time.sleep(1.0) if self._stop.is_set() else self._stop.wait(delay_s)
@@ -248,12 +261,13 @@ class Sender:
             TrackingError: the server did not take one; it and the rest stay unsent.
         """
         count = 0
-        for entry, place in self.spool.unsent():
+        for entries, place in _together(self.spool.unsent()):
             if self.given_up.is_set():
                 break
-            self._send(entry)
+            for entry in entries:
+                self._send(entry)
             self.spool.mark_sent(place)
-            count += 1
+            count += len(entries)
         return count
 
     def _send(self, entry: Entry) -> None:
@@ -325,7 +339,14 @@ class Sender:
 
     def _epoch(self, client: MlflowClient, entry: Entry) -> None:
         run_id = self._run_id(client, entry["trial"])
-        _log_metrics(client, run_id, entry["metrics"], entry["time"], entry["step"])
+        epochs = entry.get("epochs", [entry])
+        rows = [
+            Metric(name, value, epoch["time"], epoch["step"])
+            for epoch in epochs
+            for name, value in epoch["metrics"].items()
+        ]
+        for start in range(0, len(rows), LARGEST_BATCH):
+            client.log_batch(run_id, metrics=rows[start : start + LARGEST_BATCH])
 
     def _trial_end(self, client: MlflowClient, entry: Entry) -> None:
         run_id = self._run_id(client, entry["trial"])
@@ -362,6 +383,20 @@ class Sender:
         run_id = self._run_id(client, "")
         client.set_tag(run_id, STATE_TAG, entry["state"])
         client.set_terminated(run_id, status=MLFLOW_STATUS[entry["state"]], end_time=entry["time"])
+
+
+def _together(unsent: Iterator[tuple[Entry, int]]) -> Iterator[tuple[list[Entry], int]]:
+    """Entries that are sent before the cursor moves, and its place then: epochs in a row are one entry a trial."""
+    for epochs, group in itertools.groupby(unsent, key=lambda found: found[0]["kind"] == "epoch"):
+        if not epochs:
+            yield from (([entry], place) for entry, place in group)
+            continue
+        found = list(group)
+        of_trial: dict[str, list[Entry]] = {}
+        for entry, _ in found:
+            of_trial.setdefault(entry["trial"], []).append(entry)
+        together: list[Entry] = [{"kind": "epoch", "trial": name, "epochs": each} for name, each in of_trial.items()]
+        yield together, found[-1][1]
 
 
 def sweep_exists(client: MlflowClient, sweep: str) -> bool:

@@ -9,7 +9,8 @@ from ray.tune.search import Searcher
 from qafe.config import PRESETS, flatten, override, tiny
 from qafe.errors import ConfigError
 from sweeps.plan import Plan
-from sweeps.searcher import OBJECTIVE, StudySearcher
+from sweeps.results import OBJECTIVE
+from sweeps.searcher import StudySearcher
 from sweeps.studies import STUDIES, find_study
 from sweeps.study import FAILURE, open_study, running_trials
 from tests.sweeps.plans import ask, plan_in, result
