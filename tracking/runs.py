@@ -261,13 +261,13 @@ class Sender:
             TrackingError: the server did not take one; it and the rest stay unsent.
         """
         count = 0
-        for entries, place in _together(self.spool.unsent()):
+        for entries, size, place in _together(self.spool.unsent()):
             if self.given_up.is_set():
                 break
             for entry in entries:
                 self._send(entry)
             self.spool.mark_sent(place)
-            count += len(entries)
+            count += size
         return count
 
     def _send(self, entry: Entry) -> None:
@@ -385,18 +385,21 @@ class Sender:
         client.set_terminated(run_id, status=MLFLOW_STATUS[entry["state"]], end_time=entry["time"])
 
 
-def _together(unsent: Iterator[tuple[Entry, int]]) -> Iterator[tuple[list[Entry], int]]:
-    """Entries that are sent before the cursor moves, and its place then: epochs in a row are one entry a trial."""
+def _together(unsent: Iterator[tuple[Entry, int]]) -> Iterator[tuple[list[Entry], int, int]]:
+    """What is sent before the cursor moves, how many entries of the spool it is, and the cursor's place then.
+
+    Epochs in a row become one entry a trial, which holds them as ``epochs``.
+    """
     for epochs, group in itertools.groupby(unsent, key=lambda found: found[0]["kind"] == "epoch"):
         if not epochs:
-            yield from (([entry], place) for entry, place in group)
+            yield from (([entry], 1, place) for entry, place in group)
             continue
         found = list(group)
         of_trial: dict[str, list[Entry]] = {}
         for entry, _ in found:
             of_trial.setdefault(entry["trial"], []).append(entry)
         together: list[Entry] = [{"kind": "epoch", "trial": name, "epochs": each} for name, each in of_trial.items()]
-        yield together, found[-1][1]
+        yield together, len(found), found[-1][1]
 
 
 def sweep_exists(client: MlflowClient, sweep: str) -> bool:
