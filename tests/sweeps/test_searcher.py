@@ -38,6 +38,20 @@ def test_the_presets_own_settings_come_first(searcher: StudySearcher) -> None:
     assert second["settings"] != first["settings"]
 
 
+def test_workers_start_side_by_side_and_then_one_trial_waits(plan: Plan) -> None:
+    searcher = StudySearcher(plan, STUDY, places=3)
+    assert [searcher.suggest(name)["number"] for name in "abc"] == [0, 1, 2]
+    assert searcher.suggest("d") is None, "three are on their way to three places"
+    for name in "abc":
+        searcher.placed(name)
+    assert searcher.suggest("d")["number"] == 3
+    assert searcher.suggest("e") is None, "d is not placed yet"
+    searcher.on_trial_complete("a", result(1, 0.5, finished=True))
+    assert searcher.suggest("e") is None, "a's place is for d"
+    searcher.placed("d")
+    assert searcher.suggest("e")["number"] == 4
+
+
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_point_of_every_study_is_a_config(name: str, preset: str) -> None:

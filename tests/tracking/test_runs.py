@@ -2,12 +2,14 @@ import csv
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Metric, Run
 
 from qafe import config as configs
 from qafe.config import Config
@@ -246,6 +248,34 @@ def test_sending_a_spool_twice_changes_nothing(tmp_path: Path) -> None:
     runs = runs_of(uri)
     assert sorted(runs) == ["s-1", "s-1-000"]
     assert steps_of(uri, runs["s-1-000"]) == [(1, 0.1), (2, 0.2)]
+
+
+def test_epochs_in_a_row_take_one_request_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = embedded(tmp_path)
+    tracker = open_tracker(tmp_path, uri)
+    assert tracker.wait_until_sent(20)
+    for trial in "ab":
+        tracker.trial_started(trial, ord(trial) - ord("a"), {})
+    assert tracker.wait_until_sent(20)
+    requests = []
+    log_batch = MlflowClient.log_batch
+
+    def counted(client: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), **more: Any) -> None:
+        requests.append(len(metrics))
+        log_batch(client, run_id, metrics=metrics, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    entries = [(trial, step) for step in range(1, 601) for trial in "ab"]
+    for trial, step in entries:
+        tracker.epoch(trial, step, {"spearman": step / 1000, "mae": 1.0})
+    assert tracker.wait_until_sent(20)
+    assert sum(requests) == 2 * len(entries)
+    assert len(requests) <= 12, "MLflow takes 1000 metrics at once"
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    runs = runs_of(uri)
+    for number in range(2):
+        assert steps_of(uri, runs[f"s-1-00{number}"]) == [(step, step / 1000) for step in range(1, 601)]
 
 
 def test_a_server_that_is_away_costs_no_time_and_no_metric(tmp_path: Path) -> None:
