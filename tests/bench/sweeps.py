@@ -9,6 +9,7 @@ no Ray, Optuna, MLflow or checkpoint: trainings share caches and memory, and tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -57,6 +58,7 @@ class _Sweep:
         wall_s: the whole command.
         trials_s: from the first trial on a worker to the end of the last trial.
         report_s: from there to the end of the command.
+        cpu_s: of all processes of the command, Ray's included.
         seconds: of training, as each trial counted it.
         ended: when the trials ended, in order (time.time).
     """
@@ -68,15 +70,19 @@ class _Sweep:
         line += ["--data-root", str(data), "--expression", EXPRESSION, "--cpus-per-trial", cores]
         environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:////{str(folder / 'mlflow.db').lstrip('/')}"}
         self.memory_mb: list[tuple[float, float]] = []
+        used: dict[int, float] = {}
         with open(folder / "log", "wb") as log:
             started = time.time()
             process = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
             while process.poll() is None:
                 try:
-                    held = psutil.Process(process.pid).memory_info().rss / 2**20
+                    driver = psutil.Process(process.pid)
+                    self.memory_mb.append((time.time() - started, driver.memory_info().rss / 2**20))
+                    for each in (driver, *driver.children(recursive=True)):
+                        with contextlib.suppress(psutil.Error):
+                            used[each.pid] = sum(each.cpu_times()[:2])
                 except psutil.Error:
                     break
-                self.memory_mb.append((time.time() - started, held))
                 time.sleep(1)
         if process.wait():
             raise RuntimeError((folder / "log").read_text()[-2000:])
@@ -84,6 +90,7 @@ class _Sweep:
         entries = [json.loads(entry) for entry in (folder / "s" / "tracking.jsonl").read_text().splitlines()]
         begun = min(entry["time"] for entry in entries if entry["kind"] == "trial") / 1000
         self.ended = sorted(entry["time"] / 1000 for entry in entries if entry["kind"] == "trial_end")
+        self.cpu_s = sum(used.values())
         self.wall_s, self.start_s = over - started, begun - started
         self.trials_s, self.report_s = self.ended[-1] - begun, over - self.ended[-1]
         self.seconds = [float(trial.user_attrs[SECONDS]) for trial in own_trials(open_study(Plan.load(folder / "s")))]
@@ -113,16 +120,19 @@ def _long(folder: Path, trials: int) -> Row:
     data = sample_root()
     with ProcessPoolExecutor(WORKERS, get_context("spawn")) as alone:
         list(alone.map(_train, [override(tiny(), {"train.epochs": 2})] * WORKERS, [data] * WORKERS))  # starts them
-        three = statistics.mean(_alone(alone, [override(tiny(), {"train.epochs": 3})] * WORKERS, data))
+        three = statistics.mean(
+            wall for wall, _ in _alone(alone, [override(tiny(), {"train.epochs": 3})] * WORKERS, data)
+        )
         config = override(tiny(), {"train.epochs": max(3, round(3 * LONG_TRIAL_S / three))})
-        each = _alone(alone, [config] * WORKERS, data)
+        found = _alone(alone, [config] * WORKERS, data)
         sweep = _Sweep(
             folder / "long",
             data,
             "seed_noise",
             *("--trials", str(trials), "--preset", "tiny", "--set", f"train.epochs={config.train.epochs}"),
         )
-        each += _alone(alone, [config] * WORKERS, data)
+        found += _alone(alone, [config] * WORKERS, data)
+    each, cpu = [wall for wall, _ in found], statistics.mean(cpu for _, cpu in found)
     trained = statistics.mean(each) * trials / WORKERS
     return Row(
         f"sweep of {trials} trials of {statistics.mean(each):.0f} s ({config.train.epochs} epochs), {WORKERS} workers",
@@ -136,23 +146,26 @@ def _long(folder: Path, trials: int) -> Row:
             f"once a sweep: {sweep.start_s:.1f} s until a worker trains, {sweep.report_s:.1f} s for test and report",
             f"beside its training a trial takes {(sweep.trials_s - trained) * WORKERS / trials:.2f} s, its "
             f"{config.train.epochs} checkpoints included",
+            f"of its workers' time between first start and last end, {sum(sweep.seconds) / WORKERS / sweep.trials_s:.3f} "
+            "is training",
+            f"CPU time: {sweep.cpu_s:.0f} s of the whole command, {cpu * trials:.0f} s of the trainings alone",
             f"training alone: {min(each):.1f} to {max(each):.1f} s a trial, before and after the sweep",
         ],
     )
 
 
-def _alone(pool: ProcessPoolExecutor, settings: Sequence[Config], data: Path) -> list[float]:
-    """Seconds of each of these trainings, side by side."""
+def _alone(pool: ProcessPoolExecutor, settings: Sequence[Config], data: Path) -> list[tuple[float, float]]:
+    """Seconds of each of these trainings, side by side: on the clock, and of the processor."""
     return list(pool.map(_train, settings, [data] * len(settings)))
 
 
-def _train(config: Config, data: Path) -> float:
+def _train(config: Config, data: Path) -> tuple[float, float]:
     torch.set_num_threads(1)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     part = load_cohort(data, config.data).only(EXPRESSION)
     for _ in fit(config, part.store, part.train, part.validation, device=torch.device("cpu")):
         pass
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu
 
 
 def _short(folder: Path, trials: int, figure: Path | None) -> Row:
