@@ -146,8 +146,8 @@ def _long(folder: Path, trials: int) -> Row:
             f"once a sweep: {sweep.start_s:.1f} s until a worker trains, {sweep.report_s:.1f} s for test and report",
             f"beside its training a trial takes {(sweep.trials_s - trained) * WORKERS / trials:.2f} s, its "
             f"{config.train.epochs} checkpoints included",
-            f"of its workers' time between first start and last end, {sum(sweep.seconds) / WORKERS / sweep.trials_s:.3f} "
-            "is training",
+            f"of its workers' time between first start and last end {sum(sweep.seconds) / WORKERS / sweep.trials_s:.3f} is "
+            "training",
             f"CPU time: {sweep.cpu_s:.0f} s of the whole command, {cpu * trials:.0f} s of the trainings alone",
             f"training alone: {min(each):.1f} to {max(each):.1f} s a trial, before and after the sweep",
         ],
