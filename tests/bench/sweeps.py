@@ -120,9 +120,8 @@ def _long(folder: Path, trials: int) -> Row:
     data = sample_root()
     with ProcessPoolExecutor(WORKERS, get_context("spawn")) as alone:
         list(alone.map(_train, [override(tiny(), {"train.epochs": 2})] * WORKERS, [data] * WORKERS))  # starts them
-        three = statistics.mean(
-            wall for wall, _ in _alone(alone, [override(tiny(), {"train.epochs": 3})] * WORKERS, data)
-        )
+        probe = _alone(alone, [override(tiny(), {"train.epochs": 3})] * WORKERS, data)
+        three = statistics.mean(wall for wall, _ in probe)
         config = override(tiny(), {"train.epochs": max(3, round(3 * LONG_TRIAL_S / three))})
         found = _alone(alone, [config] * WORKERS, data)
         sweep = _Sweep(
@@ -146,8 +145,7 @@ def _long(folder: Path, trials: int) -> Row:
             f"once a sweep: {sweep.start_s:.1f} s until a worker trains, {sweep.report_s:.1f} s for test and report",
             f"beside its training a trial takes {(sweep.trials_s - trained) * WORKERS / trials:.2f} s, its "
             f"{config.train.epochs} checkpoints included",
-            f"of its workers' time between first start and last end {sum(sweep.seconds) / WORKERS / sweep.trials_s:.3f} is "
-            "training",
+            f"{sum(sweep.seconds) / WORKERS / sweep.trials_s:.3f} of its workers' time in that span is training",
             f"CPU time: {sweep.cpu_s:.0f} s of the whole command, {cpu * trials:.0f} s of the trainings alone",
             f"training alone: {min(each):.1f} to {max(each):.1f} s a trial, before and after the sweep",
         ],
