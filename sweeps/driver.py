@@ -164,7 +164,8 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
 
 def _places(plan: Plan) -> int:
     """How many trials the cluster runs at once."""
-    has, gpus = ray.cluster_resources(), plan.gpus_per_trial
+    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = plan.gpus_per_trial
     places = int(has.get("CPU", 0) / plan.cpus_per_trial)
     if gpus > 0:
         places = min(places, int(has.get("GPU", 0)) * int(1 / gpus) if gpus < 1 else int(has.get("GPU", 0) / gpus))
