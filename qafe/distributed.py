@@ -11,9 +11,13 @@ those of the next are computed. Differs: sums, and does not average.
 
 import contextlib
 import datetime
+import fcntl
+import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -130,6 +134,34 @@ def gradients_summed(forward: object, now: bool) -> contextlib.AbstractContextMa
     if now or not isinstance(forward, DistributedDataParallel):
         return contextlib.nullcontext()
     return forward.no_sync()
+
+
+def take_compile_cache() -> None:
+    """Gives this process a folder for torch.compile's results that no other process uses meanwhile.
+
+    Processes that build the same C++ library in one folder may load it while another still writes it (torch 2.13:
+    "file too short"). The folders are numbered, and the next process takes over what the last one left.
+    """
+    if _compile_cache:
+        return
+    base = Path(
+        os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    )
+    for number in itertools.count():
+        folder = base / f"qafe-{number}"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(folder / "in_use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+        else:
+            _compile_cache.append(descriptor)  # Locked for as long as the process lives.
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+            return
+
+
+_compile_cache: list[int] = []
 
 
 def local_rank() -> int | None:

@@ -28,7 +28,7 @@ from . import metrics
 from .config import Config, TrainConfig
 from .data.dataset import Clip, ClipBatch, ClipDataset, collate, model_inputs
 from .data.manifest import Sample
-from .distributed import ALONE, Ranks, Shares, gradients_summed, local_rank
+from .distributed import ALONE, Ranks, Shares, gradients_summed, local_rank, take_compile_cache
 from .errors import CheckpointError, ConfigError, ManifestError, QafeError
 from .losses import BATCH_LOSSES, build_loss
 from .memory import freed_memory_kept
@@ -178,7 +178,11 @@ class _Run:
         if config.train.sync_batchnorm and self.ranks.world > 1:
             synchronise(self.model)
         # What a training pass calls: the same modules and weights, compiled or not, in one process or several.
-        forward: Any = torch.compile(self.model) if config.train.compile else self.model
+        forward: Any = self.model
+        if config.train.compile:
+            take_compile_cache()
+            # Batches have few sizes, and Inductor fails on some graphs with symbolic ones (torch 2.13).
+            forward = torch.compile(self.model, dynamic=False)
         self.forward = self.ranks.parallel(forward)
         scores = torch.tensor([sample.score for sample in train], dtype=torch.float32)
         self.loss = build_loss(config.train, scores).to(device)
