@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,13 @@ from .store import Store
 
 STATE_FILE = "last.pt"
 BEST_FILE = "best.safetensors"
+
+
+class Save(Protocol):
+    """See `EpochResult.save`."""
+
+    def __call__(self, folder: Path, *, synced: bool = True) -> None:
+        """Writes to a folder; ``synced``: waits until the disk has it, which a copy in between need not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,7 @@ class EpochResult:
     clips_per_s: float
     peak_memory_mb: float
     parameters: int
-    save: Callable[[Path], None] = dataclasses.field(repr=False)
+    save: Save = dataclasses.field(repr=False)
     """Writes all that `fit` needs to go on (``last.pt``) and the best weights (``best.safetensors``) to a folder.
 
     Of processes that train together the first one writes; in the others this does nothing."""
@@ -313,7 +320,7 @@ class _Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, synced: bool = True) -> None:
         if not self.ranks.first:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -332,9 +339,10 @@ class _Run:
         with open(unfinished, "wb") as out:
             torch.save(state, out)
             out.flush()
-            os.fsync(out.fileno())
+            if synced:
+                os.fsync(out.fileno())
         extra = {"epoch": str(self.best_epoch), "validation_spearman": repr(float(self.best_key[0]))}
-        weights.save(folder / BEST_FILE, self.best, self.config, extra)
+        weights.save(folder / BEST_FILE, self.best, self.config, extra, synced=synced)
         unfinished.replace(folder / STATE_FILE)
 
     def restore(self, folder: Path) -> None:

@@ -37,7 +37,8 @@ from .live import LiveView
 from .notify import Outcome, notified
 from .plan import STUDY_FOLDER, Plan, clip_counts, study_tags, sweep_params
 from .provenance import source_tags, sweep_tags, write_diff
-from .searcher import OBJECTIVE, Pause, StudyScheduler, StudySearcher, budget_used
+from .results import OBJECTIVE
+from .searcher import Pause, StudyScheduler, StudySearcher, budget_used
 from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
 from .sweep import Sweep
 from .trial import TrialPlan, train_trial
@@ -149,7 +150,9 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     """All trials, then the report; KeyboardInterrupt if Ctrl-C or ``sweeps.stop`` ended the trials early."""
     started = time.monotonic()
     folder, control = Path(plan.folder), Control(Path(plan.folder))
-    searcher = StudySearcher(plan, sweep)
+    places = _places(plan)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(places)  # else Ray starts one worker after the other
+    searcher = StudySearcher(plan, sweep, places)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
     _run_and_pause(plan, cohort, searcher, tracker, control, deadline)
     budget_spent = time.monotonic() >= deadline
@@ -168,6 +171,16 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
         raise KeyboardInterrupt
     ended_by = searcher.closed.reason if searcher.closed else ""
     return _report(plan, cohort, searcher.study, tracker, time.monotonic() - started, ended_by)
+
+
+def _places(plan: Plan) -> int:
+    """How many trials the cluster runs at once."""
+    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = plan.gpus_per_trial
+    places = int(has.get("CPU", 0) / plan.cpus_per_trial)
+    if gpus > 0:
+        places = min(places, int(has.get("GPU", 0)) * int(1 / gpus) if gpus < 1 else int(has.get("GPU", 0) / gpus))
+    return max(1, places)
 
 
 def _run_and_pause(

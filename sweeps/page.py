@@ -19,7 +19,7 @@ from rich.table import Table
 from . import noise
 from .progress import changed_settings
 from .report import TrialSummary
-from .searcher import OBJECTIVE
+from .results import OBJECTIVE
 
 
 def write_report(

@@ -30,7 +30,7 @@ from . import checkpoints
 from .noise import NOISE_SETTINGS, SPLIT, Noise, noise
 from .plan import Plan, clip_counts
 from .progress import STATES
-from .searcher import DIVERGED, OBJECTIVE
+from .results import DIVERGED, OBJECTIVE
 from .study import BASELINE, FAILURE, own_trials, pareto_set, study_of_own
 from .sweep import trial_device
 from .trial import CONFIG_FILE
@@ -136,7 +136,10 @@ def luck(trials: Sequence[TrialSummary]) -> metrics.LuckBand | None:
 
 
 def test_best(checkpoint: Path, data_root: str, expressions: Sequence[str], gpus: float) -> TestResult | None:
-    """The best trial's models on the test patients, on one of the sweep's workers; None without test clips."""
+    """The best trial's models on the test patients, on a worker that has a GPU if the trials had; None without test
+    clips."""
+    if gpus == 0:
+        return _score_test(checkpoint, data_root, expressions, gpus)
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=gpus)(_score_test)
@@ -144,7 +147,7 @@ def test_best(checkpoint: Path, data_root: str, expressions: Sequence[str], gpus
     return found
 
 
-def _score_test(checkpoint: Path, data_root: str, expressions: tuple[str, ...], gpus: float) -> TestResult | None:
+def _score_test(checkpoint: Path, data_root: str, expressions: Sequence[str], gpus: float) -> TestResult | None:
     config = configs.from_json((checkpoint / CONFIG_FILE).read_text())
     cohort = load_cohort(data_root, config.data)
     device = trial_device(gpus)

@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 from qafe.history import Epoch, ExpressionHistory, write_history
 from sweeps import page, report
 from sweeps.checkpoints import SEAL_FILE, trial_name
-from sweeps.searcher import OBJECTIVE
+from sweeps.results import OBJECTIVE
 from sweeps.study import study_of_own
 
 SPACE = {"x": FloatDistribution(0, 1), "kind": CategoricalDistribution(["a", "b"])}
