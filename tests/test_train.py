@@ -248,8 +248,8 @@ def test_the_best_epochs_attention_is_kept(quick: Config, smile: Cohort) -> None
         history.add(result)
     best = results[history.best_epoch - 1].attention
     assert list(history.attention) == list(best) == ["layer 1: rgb reads heatmap", "layer 1: heatmap reads rgb"]
-    for name, weights in history.attention.items():
-        assert weights == best[name].tolist()
+    for name, rows in history.attention.items():
+        assert rows == best[name].tolist()
         assert best[name].shape == (2, 2)
         np.testing.assert_allclose(best[name].sum(axis=1), 1, rtol=1e-5)
     assert any((result.attention[name] != best[name]).any() for result in results for name in best)
