@@ -292,7 +292,8 @@ def expected_best(values: ArrayLike) -> FloatArray:
     ways = gammaln(i) - gammaln(k) - gammaln(np.maximum(i - k + 1, 1))
     draws = gammaln(count + 1) - gammaln(k + 1) - gammaln(count - k + 1)
     share: FloatArray = np.where(i >= k, np.exp(ways - draws), 0.0)
-    return (share / share.sum(axis=1, keepdims=True)) @ ordered
+    best: FloatArray = (share / share.sum(axis=1, keepdims=True)) @ ordered
+    return best
 
 
 def confusion(prediction: ArrayLike, target: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -35,9 +34,11 @@ from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
 from .live import LiveView
 from .notify import Outcome, notified
 from .plan import STUDY_FOLDER, Plan, clip_counts, source_tags, study_tags, sweep_params
+from .refresh import RefreshReport
 from .searcher import OBJECTIVE, Pause, StudyScheduler, StudySearcher, budget_used
 from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
 from .sweep import Sweep
+from .timeline import NoteWorkers
 from .trial import TrialPlan, train_trial
 
 WORKER_RESTARTS = 3
@@ -140,7 +141,9 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     folder, control = Path(plan.folder), Control(Path(plan.folder))
     searcher = StudySearcher(plan, sweep)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
-    _run_and_pause(plan, searcher, tracker, control, deadline)
+    refresh = RefreshReport(plan, cohort, tracker)
+    _run_and_pause(plan, searcher, tracker, control, deadline, refresh)
+    refresh.close()
     budget_spent = time.monotonic() >= deadline
     running = running_trials(searcher.study)
     for number in running:
@@ -160,18 +163,25 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
 
 
 def _run_and_pause(
-    plan: Plan, searcher: StudySearcher, tracker: SweepTracker, control: Control, deadline: float
+    plan: Plan,
+    searcher: StudySearcher,
+    tracker: SweepTracker,
+    control: Control,
+    deadline: float,
+    refresh: RefreshReport,
 ) -> None:
     """Runs trials, with all the pauses that people ask for, until none is left or the sweep has to end."""
     pause, pace = Pause(searcher, control), MeasurePace(plan, searcher.study)
     people = LiveView(plan, pace, control) if LiveView.possible() else TellPeople(pace)
     callbacks = [
+        NoteWorkers(searcher),
         TrackTrials(tracker, plan, searcher, control),
         KeepCheckpoints(tracker, plan, searcher.study),
         WaitForRoom(control),
         pause,
         pace,
         people,
+        refresh,
     ]
     with people:
         while True:
@@ -281,11 +291,7 @@ def _report(
     summary["training_hours"] = budget_used(study, plan)
     summary["mlflow"] = {"experiment_id": tracker.experiment_id, "run_id": tracker.run_ids().get("", "")}
     place = folder / REPORT_FOLDER
-    unfinished = place.with_name(place.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    page.write_report(unfinished, trials, report.importances(study), summary)
-    shutil.rmtree(place, ignore_errors=True)  # of before an extension
-    unfinished.replace(place)
+    page.write_report(place, trials, report.importances(study), summary, report.log_settings(study))
     numbers = {OBJECTIVE: summary["best"][OBJECTIVE], "trials": float(len(trials))}
     if luck := summary["luck"]:
         numbers |= {"luck_threshold": luck["threshold"], "luck_p_value": luck["p_value"]}
