@@ -168,7 +168,7 @@ def _run_and_pause(
     tracker: SweepTracker,
     control: Control,
     deadline: float,
-    refresh: RefreshReport,
+    *more: tune.Callback,
 ) -> None:
     """Runs trials, with all the pauses that people ask for, until none is left or the sweep has to end."""
     pause, pace = Pause(searcher, control), MeasurePace(plan, searcher.study)
@@ -181,7 +181,7 @@ def _run_and_pause(
         pause,
         pace,
         people,
-        refresh,
+        *more,
     ]
     with people:
         while True:
