@@ -66,7 +66,8 @@ class Scale:
         self.levels: list[str] = [] if self.numeric else sorted({str(value) for value in given})
         if self.numeric:
             self.low, self.high = float(min(given)), float(max(given))
-            if self.low == self.high:
+            self.only = self.low == self.high
+            if self.only:
                 self.low, self.high = (self.low / 2, self.high * 2) if self.log else (self.low - 0.5, self.high + 0.5)
             if self.log:
                 beyond = (self.high / self.low) ** margin
@@ -96,7 +97,9 @@ class Scale:
         found = [(self.place(None), ABSENT)] if self.absent else []
         if not self.numeric:
             return found + [(self.place(level), level) for level in self.levels]
-        if self.log:
+        if self.only:
+            at = [math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2]
+        elif self.log:
             decades = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
             at = [10.0**decade for decade in decades]
             if len(at) < 2:

@@ -163,7 +163,7 @@ class Screens:
     def compare(self) -> Path:
         """MLflow's own comparison of the best five trials."""
         ids = json.dumps([run.info.run_id for run in self.trials[:5]], separators=(",", ":"))
-        path = f'compare-runs?runs={ids}&experiments=["{self.experiment_id}"]'
+        path = f'compare-runs?runs={ids}&experiments=["{self.experiment_id}"]&workflowType=machine_learning'
         self._open(path, "Comparing 5 Runs", "Parallel Coordinates Plot")
         plot = self.page.locator(".js-plotly-plot .parcoords, .js-plotly-plot svg").first
         expect(plot).to_be_attached(timeout=PATIENCE_MS)

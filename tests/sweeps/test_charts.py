@@ -210,7 +210,8 @@ def test_scales() -> None:
     assert [levels.place(value) for value in (None, "a", "b")] == [5, 15, 25]
     assert [words for _, words in Scale([True, False], 0, 30).ticks()] == ["False", "True"]
     same = Scale([3, 3], 0, 10)
-    assert same.place(3) == 5
+    assert same.ticks() == [(5, "3")]
+    assert Scale([0.01, 0.01], 0, 10, log=True).ticks() == [(pytest.approx(5), "0.01")]
     assert [shade(value, 0.0, 1.0) for value in (0.0, 0.5, 1.0)] == [0, 3, 5]
 
 
