@@ -33,6 +33,7 @@ from .errors import CheckpointError, ConfigError, ManifestError, QafeError
 from .losses import BATCH_LOSSES, build_loss
 from .memory import freed_memory_kept
 from .model import weights
+from .model.attention import Maps, attention_read, mean_maps
 from .model.batchnorm import set_counted, statistics_kept, synchronise
 from .model.qafenet import QAFENet, build
 from .store import Store
@@ -57,6 +58,7 @@ class EpochResult:
         train_loss: mean loss over the epoch's steps.
         metrics: of the validation samples, by the names of `metrics.evaluate`.
         predictions: [N] scores of the validation samples, in their order.
+        attention: what the fusion attended to in the validation samples, on average; empty without attention.
         best_epoch: the epoch with the highest validation Spearman so far; of equals the lower MAE, then the
             earlier one.
         best_spearman: its Spearman.
@@ -72,6 +74,7 @@ class EpochResult:
     lr: float
     metrics: dict[str, float]
     predictions: np.ndarray
+    attention: Maps
     best_epoch: int
     best_spearman: float
     seconds: float
@@ -221,8 +224,10 @@ class _Run:
             train_loss = self._train_epoch(training)
         trained = time.perf_counter()
         self.ranks.spread_buffers(self.model)
-        scores = _scores(self.model, validation, self.config, self.device)
+        with attention_read(self.model.fusion) as read:
+            scores = _scores(self.model, validation, self.config, self.device)
         predictions = _array(self.ranks.gather(scores, len(self.validation_set)))
+        attention = mean_maps(self.ranks.collect((read.clips, read.sums)))
         evaluated = time.perf_counter()
         values = metrics.evaluate(predictions, self.target)
         key = (values["spearman"], -values["mae"])
@@ -235,6 +240,7 @@ class _Run:
             lr=lr,
             metrics=values,
             predictions=predictions,
+            attention=attention,
             best_epoch=self.best_epoch,
             best_spearman=self.best_key[0],
             seconds=time.perf_counter() - started,

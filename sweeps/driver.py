@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -37,10 +36,12 @@ from .live import LiveView
 from .notify import Outcome, notified
 from .plan import STUDY_FOLDER, Plan, clip_counts, study_tags, sweep_params
 from .provenance import source_tags, sweep_tags, write_diff
+from .refresh import RefreshReport
 from .results import OBJECTIVE
 from .searcher import Pause, StudyScheduler, StudySearcher, budget_used
 from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
 from .sweep import Sweep
+from .timeline import NoteWorkers
 from .trial import TrialPlan, train_trial
 
 WORKER_RESTARTS = 3
@@ -154,7 +155,9 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(places)  # else Ray starts one worker after the other
     searcher = StudySearcher(plan, sweep, places)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
-    _run_and_pause(plan, cohort, searcher, tracker, control, deadline)
+    refresh = RefreshReport(plan, cohort, tracker)
+    _run_and_pause(plan, cohort, searcher, tracker, control, deadline, refresh)
+    refresh.close()
     budget_spent = time.monotonic() >= deadline
     running = running_trials(searcher.study)
     for number in running:
@@ -184,18 +187,26 @@ def _places(plan: Plan) -> int:
 
 
 def _run_and_pause(
-    plan: Plan, cohort: Cohort, searcher: StudySearcher, tracker: SweepTracker, control: Control, deadline: float
+    plan: Plan,
+    cohort: Cohort,
+    searcher: StudySearcher,
+    tracker: SweepTracker,
+    control: Control,
+    deadline: float,
+    *more: tune.Callback,
 ) -> None:
     """Runs trials, with all the pauses that people ask for, until none is left or the sweep has to end."""
     pause, pace = Pause(searcher, control), MeasurePace(plan, searcher.study)
     people = LiveView(plan, pace, control) if LiveView.possible() else TellPeople(pace)
     callbacks = [
+        NoteWorkers(searcher),
         TrackTrials(tracker, plan, cohort, searcher, control),
         KeepCheckpoints(tracker, plan, searcher.study),
         WaitForRoom(control),
         pause,
         pace,
         people,
+        *more,
     ]
     with people:
         while True:
@@ -305,11 +316,7 @@ def _report(
     summary["training_hours"] = budget_used(study, plan)
     summary["mlflow"] = {"experiment_id": tracker.experiment_id, "run_id": tracker.run_ids().get("", "")}
     place = folder / REPORT_FOLDER
-    unfinished = place.with_name(place.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    page.write_report(unfinished, trials, report.importances(study), summary)
-    shutil.rmtree(place, ignore_errors=True)  # of before an extension
-    unfinished.replace(place)
+    page.write_report(place, trials, report.importances(study), summary, report.log_settings(study))
     numbers = {OBJECTIVE: summary["best"][OBJECTIVE], "trials": float(len(trials))}
     if luck := summary["luck"]:
         numbers |= {"luck_threshold": luck["threshold"], "luck_p_value": luck["p_value"]}

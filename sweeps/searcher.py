@@ -226,6 +226,11 @@ class StudySearcher(Searcher):
         if trial is not None and trial.user_attrs.get(RUN_ID) != run_id:
             trial.set_user_attr(RUN_ID, run_id)
 
+    def note(self, trial_id: str, name: str, value: Any) -> None:
+        """Gives a running trial a user attribute."""
+        if (trial := self._open.get(trial_id)) is not None:
+            trial.set_user_attr(name, value)
+
     def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
         return self.study._storage.get_trial(trial._trial_id)
 
