@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .console import INTERRUPTED, USER_ERROR, let_others_speak
 from .errors import ConfigError
+
+T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(hours=2)
 """How long a process waits for the others: the first one scores the test set and writes files meanwhile."""
@@ -82,6 +84,14 @@ class Ranks:
         every[mine] = own.detach()[: mine.stop - mine.start]
         dist.all_reduce(every)
         return torch.cat([every[: mine.start], own, every[mine.stop :]])[:whole]
+
+    def collect(self, own: T) -> list[T]:
+        """All processes' objects, in their order."""
+        if self.world == 1:
+            return [own]
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, own)
+        return every
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model with gradients that are summed over all processes in the backward pass (`gradients_summed`).

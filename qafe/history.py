@@ -38,6 +38,8 @@ class ExpressionHistory:
     target: list[float]
     epochs: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
+    attention: dict[str, list[list[float]]] = field(default_factory=dict)
+    """What the fusion attended to in the best epoch, as `qafe.model.attention.Maps`."""
 
     @classmethod
     def start(cls, validation: Sequence[Sample]) -> ExpressionHistory:
@@ -51,6 +53,8 @@ class ExpressionHistory:
     def add(self, result: EpochResult) -> None:
         """Appends one epoch."""
         self.best_epoch = result.best_epoch
+        if result.best_epoch == result.epoch:
+            self.attention = {name: weights.tolist() for name, weights in result.attention.items()}
         self.epochs.append(
             Epoch(
                 epoch=result.epoch,

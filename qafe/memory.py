@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
-_KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
-"""glibc's mallopt(3) parameters: no mapping of its own for a large block, and no giving back of the heap's end."""
+_KEEP = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}
+"""glibc's mallopt(3) parameters: no mapping of its own for a large block, and no giving back of the heap's end (-1:
+however much of it is free; a backward pass leaves more than the largest number that mallopt takes)."""
 
 _lock = threading.Lock()
 _inside = 0
@@ -22,8 +23,9 @@ def freed_memory_kept(wanted: bool = True) -> Iterator[None]:
 
     A training step on a CPU allocates and frees some gigabytes of activations. glibc maps each large block anew, so
     that the kernel clears every page again in every step: a fifth of the step's CPU time of the `paper` preset, more
-    where processes compete. The price is a heap with holes, up to 1.4 times the peak memory. Does nothing where the
-    C library is not glibc. Blocks may be nested and may overlap in threads; the last one to end restores.
+    where processes compete. The price is a heap with holes, and more peak memory. (torch's pages of 2 MiB,
+    THP_MEM_ALLOC_ENABLE, make the holes larger: blocks on their borders do not fit where others were.) Does nothing
+    where the C library is not glibc. Blocks may be nested and may overlap in threads; the last one to end restores.
     """
     global _inside
     libc = _glibc() if wanted else None

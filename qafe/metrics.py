@@ -37,6 +37,8 @@ class LuckBand(NamedTuple):
     """Its mean when there is nothing to find."""
     p_value: float
     """Share of permutations, the observed order included, whose best is at least as good."""
+    growth: tuple[tuple[float, float], ...] = ()
+    """``expected_max`` and ``threshold`` of the first candidate alone, of the first two, and so on to all of them."""
 
 
 def spearman(prediction: ArrayLike, target: ArrayLike) -> float:
@@ -280,21 +282,72 @@ def luck_band(
             "every expression must have the same candidates, got "
             f"{', '.join(str(len(table)) for table in candidates)} of them. Leave unfinished candidates out."
         )
-    best = np.empty(permutations)
+    trials = len(candidates[0])
+    best = np.empty((permutations, trials))  # of the first candidate, of the first two, ...
     step = max(1, 4_000_000 // max(table[..., 0].size for table in candidates))  # a block of at most 32 MB
     for start in range(0, permutations, step):
         rows = slice(start, start + step)
         values = sum((table @ ranks[rows].T).max(axis=1) for table, ranks in zip(candidates, permuted, strict=True))
-        best[rows] = np.max(values, axis=0) / len(parts)
+        best[rows] = np.maximum.accumulate(np.asarray(values) / len(parts), axis=0).T
     max_observed = float(np.max(np.sum(observed, axis=0)) / len(parts))
     # Sums in another order may differ in the last bits: equal arrangements must count as equal.
-    beaten = int((best >= max_observed - 1e-12).sum())
+    beaten = int((best[:, -1] >= max_observed - 1e-12).sum())
+    expected, threshold = best.mean(axis=0), np.quantile(best, level, axis=0)
     return LuckBand(
         max_observed=max_observed,
-        threshold=float(np.quantile(best, level)),
-        expected_max=float(best.mean()),
+        threshold=float(threshold[-1]),
+        expected_max=float(expected[-1]),
         p_value=(1 + beaten) / (1 + permutations),
+        growth=tuple(zip(expected.tolist(), threshold.tolist(), strict=True)),
     )
+
+
+def expected_best(values: ArrayLike) -> FloatArray:
+    """The best of k of some values, drawn in random order without replacement, on average: for k = 1 .. N.
+
+    What random search reaches with k trials, estimated without bias from its own N trials. The i-th lowest value is
+    the best of k in C(i - 1, k - 1) of all C(N, k) draws.
+    Source: Dodge et al., Show Your Work (arXiv:1909.03004), section 3. Differs: draws without replacement, whose
+    estimate is unbiased (Tang et al., arXiv:2004.13705).
+
+    Raises:
+        ConfigError: no value, or one that is not finite.
+    """
+    from scipy.special import gammaln  # takes a second to import: not when the module is
+
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    if ordered.ndim != 1 or len(ordered) == 0 or not np.isfinite(ordered).all():
+        raise ConfigError("expected_best needs a list of finite values, not empty. Leave trials without a score out.")
+    count = len(ordered)
+    i, k = np.arange(1, count + 1)[None, :], np.arange(1, count + 1)[:, None]
+    ways = gammaln(i) - gammaln(k) - gammaln(np.maximum(i - k + 1, 1))
+    draws = gammaln(count + 1) - gammaln(k + 1) - gammaln(count - k + 1)
+    share: FloatArray = np.where(i >= k, np.exp(ways - draws), 0.0)
+    best: FloatArray = (share / share.sum(axis=1, keepdims=True)) @ ordered
+    return best
+
+
+def confusion(prediction: ArrayLike, target: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """How often each whole score was predicted for each true one.
+
+    Both are rounded, halves up, and predictions clipped to the scores there are: 0 to 4 where the targets lie in it,
+    else the targets' own range.
+
+    Returns:
+        (scores [C], counts [C, C]): a row for each true score, a column for each predicted one.
+
+    Raises:
+        ConfigError: lengths differ, nothing to compare, or a target that is not finite.
+    """
+    x, y = _finite_pair(prediction, target)
+    y = _round(y)
+    low, high = int(y.min()), int(y.max())
+    if low >= 0 and high <= 4:
+        low, high = 0, 4
+    x = np.clip(_round(x), low, high)
+    counts = np.zeros((high - low + 1, high - low + 1), dtype=np.intp)
+    np.add.at(counts, ((y - low).astype(np.intp), (x - low).astype(np.intp)), 1)
+    return np.arange(low, high + 1), counts
 
 
 def _pair(prediction: ArrayLike, target: ArrayLike) -> tuple[FloatArray, FloatArray]:

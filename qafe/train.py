@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,12 +33,20 @@ from .errors import CheckpointError, ConfigError, ManifestError, QafeError
 from .losses import BATCH_LOSSES, build_loss
 from .memory import freed_memory_kept
 from .model import weights
+from .model.attention import Maps, attention_read, mean_maps
 from .model.batchnorm import set_counted, statistics_kept, synchronise
 from .model.qafenet import QAFENet, build
 from .store import Store
 
 STATE_FILE = "last.pt"
 BEST_FILE = "best.safetensors"
+
+
+class Save(Protocol):
+    """See `EpochResult.save`."""
+
+    def __call__(self, folder: Path, *, synced: bool = True) -> None:
+        """Writes to a folder; ``synced``: waits until the disk has it, which a copy in between need not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,7 @@ class EpochResult:
         train_loss: mean loss over the epoch's steps.
         metrics: of the validation samples, by the names of `metrics.evaluate`.
         predictions: [N] scores of the validation samples, in their order.
+        attention: what the fusion attended to in the validation samples, on average; empty without attention.
         best_epoch: the epoch with the highest validation Spearman so far; of equals the lower MAE, then the
             earlier one.
         best_spearman: its Spearman.
@@ -65,6 +74,7 @@ class EpochResult:
     lr: float
     metrics: dict[str, float]
     predictions: np.ndarray
+    attention: Maps
     best_epoch: int
     best_spearman: float
     seconds: float
@@ -72,7 +82,7 @@ class EpochResult:
     clips_per_s: float
     peak_memory_mb: float
     parameters: int
-    save: Callable[[Path], None] = dataclasses.field(repr=False)
+    save: Save = dataclasses.field(repr=False)
     """Writes all that `fit` needs to go on (``last.pt``) and the best weights (``best.safetensors``) to a folder.
 
     Of processes that train together the first one writes; in the others this does nothing."""
@@ -214,8 +224,10 @@ class _Run:
             train_loss = self._train_epoch(training)
         trained = time.perf_counter()
         self.ranks.spread_buffers(self.model)
-        scores = _scores(self.model, validation, self.config, self.device)
+        with attention_read(self.model.fusion) as read:
+            scores = _scores(self.model, validation, self.config, self.device)
         predictions = _array(self.ranks.gather(scores, len(self.validation_set)))
+        attention = mean_maps(self.ranks.collect((read.clips, read.sums)))
         evaluated = time.perf_counter()
         values = metrics.evaluate(predictions, self.target)
         key = (values["spearman"], -values["mae"])
@@ -228,6 +240,7 @@ class _Run:
             lr=lr,
             metrics=values,
             predictions=predictions,
+            attention=attention,
             best_epoch=self.best_epoch,
             best_spearman=self.best_key[0],
             seconds=time.perf_counter() - started,
@@ -313,7 +326,7 @@ class _Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, synced: bool = True) -> None:
         if not self.ranks.first:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -332,9 +345,10 @@ class _Run:
         with open(unfinished, "wb") as out:
             torch.save(state, out)
             out.flush()
-            os.fsync(out.fileno())
+            if synced:
+                os.fsync(out.fileno())
         extra = {"epoch": str(self.best_epoch), "validation_spearman": repr(float(self.best_key[0]))}
-        weights.save(folder / BEST_FILE, self.best, self.config, extra)
+        weights.save(folder / BEST_FILE, self.best, self.config, extra, synced=synced)
         unfinished.replace(folder / STATE_FILE)
 
     def restore(self, folder: Path) -> None:
@@ -358,12 +372,14 @@ class _Run:
 
 def predict(model: QAFENet, dataset: ClipDataset, config: Config, device: torch.device) -> np.ndarray:
     """Scores [N] of a dataset's evaluation clips, in its order, batch by batch."""
-    return _array(_scores(model, _evaluation_loader(dataset, config, device), config, device))
+    with freed_memory_kept(device.type == "cpu"):
+        return _array(_scores(model, _evaluation_loader(dataset, config, device), config, device))
 
 
 def score_batch(model: QAFENet, batch: ClipBatch, config: Config, device: torch.device) -> np.ndarray:
     """Scores [B] of a batch in full float32 on every device: cuDNN's TF32 has three decimals."""
-    return _array(_score(model, batch, config, device))
+    with freed_memory_kept(device.type == "cpu"):
+        return _array(_score(model, batch, config, device))
 
 
 @torch.inference_mode()

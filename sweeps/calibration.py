@@ -132,7 +132,7 @@ def _epochs(config: Config, parts: Sequence[Cohort], share: float, device: torch
         results.append(next(run))
         before = time.perf_counter()
         with tempfile.TemporaryDirectory() as name:
-            results[-1].save(Path(name))
+            results[-1].save(Path(name), synced=False)
             seal(Path(name), results[-1].epoch)
         save_s += time.perf_counter() - before
     run.close()  # type: ignore[attr-defined]

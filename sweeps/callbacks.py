@@ -25,7 +25,8 @@ from .control import Control
 from .plan import Plan
 from .progress import PACE, Pace, Progress, duration, progress_of
 from .provenance import trial_tags
-from .searcher import DIVERGED, FAILED_AS, FINISHED, OBJECTIVE, Closing, Pause, StudySearcher
+from .results import DIVERGED, FAILED_AS, FINISHED, OBJECTIVE
+from .searcher import Closing, Pause, StudySearcher
 from .study import BY_HAND, REASON, own_trials, pareto_set
 from .trial import DATA, ROOM_POLL_S, TRACEBACK, has_room
 
@@ -60,6 +61,7 @@ class TrackTrials(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial was placed on a worker, for the first time or again."""
+        self.searcher.placed(trial.trial_id)
         config = configs.override(self.base, trial.config["settings"])
         number = trial.config["number"]
         self._batch.setdefault(number, config.train.batch_size)
@@ -141,12 +143,18 @@ class KeepCheckpoints(Callback):
         self.kept = plan.keep_checkpoints
         self.study = study
         self._thinned: dict[int, bool] = {}
+        self._grown: set[int] = set()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """A running trial has a new checkpoint."""
-        checkpoints.drop_old(self.folder, trial.config["number"], RUNNING_CHECKPOINTS)
+        """A running trial has a new checkpoint; its worker waits, so nothing is deleted yet."""
+        self._grown.add(trial.config["number"])
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """The worker has been told to go on."""
+        while self._grown:
+            checkpoints.drop_old(self.folder, self._grown.pop(), RUNNING_CHECKPOINTS)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has ended: there may be a new best."""

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -37,9 +36,12 @@ from .live import LiveView
 from .notify import Outcome, notified
 from .plan import STUDY_FOLDER, Plan, clip_counts, study_tags, sweep_params
 from .provenance import source_tags, sweep_tags, write_diff
-from .searcher import OBJECTIVE, Pause, StudyScheduler, StudySearcher, budget_used
+from .refresh import RefreshReport
+from .results import OBJECTIVE
+from .searcher import Pause, StudyScheduler, StudySearcher, budget_used
 from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
 from .sweep import Sweep
+from .timeline import NoteWorkers
 from .trial import TrialPlan, train_trial
 
 WORKER_RESTARTS = 3
@@ -149,9 +151,13 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     """All trials, then the report; KeyboardInterrupt if Ctrl-C or ``sweeps.stop`` ended the trials early."""
     started = time.monotonic()
     folder, control = Path(plan.folder), Control(Path(plan.folder))
-    searcher = StudySearcher(plan, sweep)
+    places = _places(plan)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(places)  # else Ray starts one worker after the other
+    searcher = StudySearcher(plan, sweep, places)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
-    _run_and_pause(plan, cohort, searcher, tracker, control, deadline)
+    refresh = RefreshReport(plan, cohort, tracker)
+    _run_and_pause(plan, cohort, searcher, tracker, control, deadline, refresh)
+    refresh.close()
     budget_spent = time.monotonic() >= deadline
     running = running_trials(searcher.study)
     for number in running:
@@ -170,19 +176,37 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     return _report(plan, cohort, searcher.study, tracker, time.monotonic() - started, ended_by)
 
 
+def _places(plan: Plan) -> int:
+    """How many trials the cluster runs at once."""
+    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = plan.gpus_per_trial
+    places = int(has.get("CPU", 0) / plan.cpus_per_trial)
+    if gpus > 0:
+        places = min(places, int(has.get("GPU", 0)) * int(1 / gpus) if gpus < 1 else int(has.get("GPU", 0) / gpus))
+    return max(1, places)
+
+
 def _run_and_pause(
-    plan: Plan, cohort: Cohort, searcher: StudySearcher, tracker: SweepTracker, control: Control, deadline: float
+    plan: Plan,
+    cohort: Cohort,
+    searcher: StudySearcher,
+    tracker: SweepTracker,
+    control: Control,
+    deadline: float,
+    *more: tune.Callback,
 ) -> None:
     """Runs trials, with all the pauses that people ask for, until none is left or the sweep has to end."""
     pause, pace = Pause(searcher, control), MeasurePace(plan, searcher.study)
     people = LiveView(plan, pace, control) if LiveView.possible() else TellPeople(pace)
     callbacks = [
+        NoteWorkers(searcher),
         TrackTrials(tracker, plan, cohort, searcher, control),
         KeepCheckpoints(tracker, plan, searcher.study),
         WaitForRoom(control),
         pause,
         pace,
         people,
+        *more,
     ]
     with people:
         while True:
@@ -292,11 +316,7 @@ def _report(
     summary["training_hours"] = budget_used(study, plan)
     summary["mlflow"] = {"experiment_id": tracker.experiment_id, "run_id": tracker.run_ids().get("", "")}
     place = folder / REPORT_FOLDER
-    unfinished = place.with_name(place.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    page.write_report(unfinished, trials, report.importances(study), summary)
-    shutil.rmtree(place, ignore_errors=True)  # of before an extension
-    unfinished.replace(place)
+    page.write_report(place, trials, report.importances(study), summary, report.log_settings(study))
     numbers = {OBJECTIVE: summary["best"][OBJECTIVE], "trials": float(len(trials))}
     if luck := summary["luck"]:
         numbers |= {"luck_threshold": luck["threshold"], "luck_p_value": luck["p_value"]}

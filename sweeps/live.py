@@ -19,7 +19,7 @@ from .callbacks import MeasurePace, TellPeople, say
 from .control import Control
 from .plan import Plan
 from .progress import Progress, duration
-from .searcher import OBJECTIVE
+from .results import OBJECTIVE
 
 REDRAWN_S = 0.5
 BAR_WIDTH = 24

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import csv
 import html
-import itertools
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from . import noise
+from .charts import Sweep, charts
+from .folder import SUMMARY_FILE
 from .progress import changed_settings
 from .report import TrialSummary
-from .searcher import OBJECTIVE
+from .results import OBJECTIVE
+from .svg import STYLE
+
+PAGE_FILE = "report.html"
+_STYLE = """
+body{font:14px/1.45 system-ui,sans-serif;margin:1.5em auto;padding:0 1.2em;max-width:1100px;color:var(--ink);
+background:var(--page)}
+h1{font-size:22px;margin:0 0 .4em}h2{font-size:16px;margin:2em 0 .4em}p{margin:.3em 0;max-width:60em}
+.soft{color:var(--soft);font-size:13px}.wide{overflow-x:auto}.charts{display:flex;flex-wrap:wrap;gap:.8em 1em}
+svg.key{display:inline-block;vertical-align:-1px;margin:0 .35em 0 .9em}
+table{border-collapse:collapse;font-size:12px;font-variant-numeric:tabular-nums}
+td,th{padding:.25em .6em;border-top:1px solid var(--line);text-align:left;white-space:nowrap}
+th{font-weight:600;border-top:0}tbody tr:hover td{background:var(--fill)}
+"""
 
 
 def write_report(
@@ -27,14 +41,48 @@ def write_report(
     trials: Sequence[TrialSummary],
     importances: Mapping[str, float],
     summary: Mapping[str, Any],
+    log: frozenset[str] = frozenset(),
 ) -> None:
-    """Writes the parent run's artifacts: tables, summary and interactive plots. No name of a patient is in them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "best_trials.csv", "w", newline="") as out:
+    """Writes the parent run's artifacts into a new folder, which then takes the place of an old one: tables, the page
+    and, of a complete sweep, its summary. No name of a patient or of a machine is in them.
+
+    Args:
+        log: settings that were searched on a logarithmic scale.
+    """
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    with open(unfinished / "best_trials.csv", "w", newline="") as out:
         csv.writer(out).writerows(_table(trials))
-    (folder / "importances.json").write_text(json.dumps(importances, indent=2))
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-    _write_page(folder / "report.html", trials, importances, summary)
+    (unfinished / "importances.json").write_text(json.dumps(importances, indent=2))
+    if summary["complete"]:
+        (unfinished / SUMMARY_FILE).write_text(json.dumps(summary, indent=2))
+    (unfinished / PAGE_FILE).write_text(draw_page(Sweep(trials, importances, summary, log)))
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.replace(folder)
+
+
+def draw_page(sweep: Sweep) -> str:
+    """One page for people, with everything inside it: verdict, charts, table."""
+    summary, trials = sweep.summary, sweep.trials
+    name = html.escape(summary["sweep"])
+    lead = "".join(f"<p>{html.escape(line)}</p>" for line in verdict(summary))
+    sections = "".join(
+        f"<h2>{html.escape(chart.title)}</h2><div class='wide'>{chart.body}</div>"
+        f"<p class='soft'>{html.escape(chart.caption)}</p>\n"
+        for chart in charts(sweep)
+    )
+    head, *rows = _table(trials)
+    cells = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        '<meta name="viewport" content="width=device-width">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<style>{STYLE}{_STYLE}</style></head>\n<body><h1>{name}</h1>{lead}\n{sections}"
+        f"<h2>All trials</h2><div class='wide'><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
+        "</div></body></html>\n"
+    )
 
 
 def _table(trials: Sequence[TrialSummary]) -> list[list[Any]]:
@@ -54,97 +102,6 @@ def _table(trials: Sequence[TrialSummary]) -> list[list[Any]]:
 def _other_objectives(values: Iterable[Mapping[str, float]]) -> list[str]:
     """The objectives of a sweep beside the first; none if it has only one."""
     return list(dict.fromkeys(name for row in values for name in row))[1:]
-
-
-def _write_page(
-    path: Path, trials: Sequence[TrialSummary], importances: Mapping[str, float], summary: Mapping[str, Any]
-) -> None:
-    """One page for people, with everything inside it: verdict, plots, table."""
-    plots = {"Trials": _history_figure(trials)}
-    for other in _other_objectives(row.values for row in trials):
-        plots[f"Pareto set: {OBJECTIVE} and {other}"] = _pareto_figure(trials, other)
-    if importances:
-        bars = go.Bar(x=list(importances.values())[::-1], y=list(importances)[::-1], orientation="h")
-        plots["Importance of each setting (PED-ANOVA)"] = go.Figure(bars, layout={"margin": {"l": 220, "t": 20}})
-    scored = [row for row in trials if row.objective is not None]
-    if len(scored) >= 2:
-        plots["Parallel coordinates"] = _parallel_coordinates(scored)
-    sections = []
-    for number, (title, figure) in enumerate(plots.items()):
-        body = figure.to_html(full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False})
-        sections.append(f"<h2>{html.escape(title)}</h2>{body}")
-    sentences = "".join(f"<p>{html.escape(line)}</p>" for line in verdict(summary))
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in _table(trials)
-    )
-    path.write_text(
-        "<!doctype html><meta charset='utf-8'><title>" + html.escape(summary["sweep"]) + "</title><style>"
-        "body{font:14px system-ui,sans-serif;margin:2em;max-width:1200px}"
-        "td{padding:.2em .6em;border-top:1px solid #ddd}"
-        "tr:first-child{font-weight:bold}table{border-collapse:collapse;font-size:12px}</style>"
-        f"<h1>{html.escape(summary['sweep'])}</h1>{sentences}{''.join(sections)}"
-        f"<h2>All trials</h2><table>{rows}</table>"
-    )
-
-
-def _history_figure(trials: Sequence[TrialSummary]) -> Any:
-    figure = go.Figure(layout={"title": "trials in the order they were asked for", "xaxis_title": "trial",
-                               "yaxis_title": OBJECTIVE})  # fmt: skip
-    ordered = sorted((row for row in trials if row.objective is not None), key=lambda row: row.number)
-    for state in ("finished", "pruned", "failed"):
-        rows = [row for row in ordered if row.state == state]
-        if rows:
-            x, y = [row.number for row in rows], [row.objective for row in rows]
-            figure.add_trace(go.Scatter(x=x, y=y, mode="markers", name=state))
-    finished = [row for row in ordered if row.state == "finished"]
-    best = list(itertools.accumulate((row.objective or 0.0 for row in finished), max))
-    figure.add_trace(go.Scatter(x=[row.number for row in finished], y=best, mode="lines", name="best so far"))
-    return figure
-
-
-def _pareto_figure(trials: Sequence[TrialSummary], other: str) -> Any:
-    figure = go.Figure(layout={"xaxis_title": other, "yaxis_title": OBJECTIVE})
-    for name, pareto in (("in the Pareto set", True), ("others", False)):
-        rows = [row for row in trials if other in row.values and row.pareto is pareto]
-        x, y = [row.values[other] for row in rows], [row.objective for row in rows]
-        text = [str(row.number) for row in rows]
-        figure.add_trace(go.Scatter(x=x, y=y, text=text, mode="markers+text", textposition="top center", name=name))
-    return figure
-
-
-def _parallel_coordinates(trials: Sequence[TrialSummary]) -> Any:
-    """All trials in one picture, pruned ones too; a setting that a branch does not have is shown as n/a."""
-    objective = [row.objective for row in trials]
-    axes: list[dict[str, Any]] = [{"label": OBJECTIVE, "values": objective}]
-    for name in dict.fromkeys(name for row in trials for name in row.settings):
-        values = [row.settings.get(name) for row in trials]
-        axes.append({"label": name.removeprefix("model.").removeprefix("data.")} | _axis(values))
-    line = {"color": objective, "colorscale": "Viridis", "showscale": True}
-    layout = {"height": 560, "margin": {"l": 90, "r": 60, "t": 130, "b": 40}}
-    return go.Figure(go.Parcoords(line=line, dimensions=axes, labelangle=-25, labelside="top"), layout=layout)
-
-
-def _axis(values: Sequence[Any]) -> dict[str, Any]:
-    """Places on a parallel-coordinates axis: numbers as they are with n/a below them, else one level for each text."""
-    given = [value for value in values if value is not None]
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in given):
-        if len(given) == len(values):
-            return {"values": values}
-        low, high = min(given), max(given)
-        absent = low - 0.15 * ((high - low) or 1)
-        ticks = [absent, *sorted({low, (low + high) / 2, high})]
-        return {
-            "values": [absent if value is None else value for value in values],
-            "tickvals": ticks,
-            "ticktext": ["n/a", *(f"{tick:.3g}" for tick in ticks[1:])],
-        }
-    texts = ["n/a" if value is None else str(value) for value in values]
-    levels = sorted(set(texts))
-    return {
-        "values": [levels.index(text) for text in texts],
-        "tickvals": list(range(len(levels))),
-        "ticktext": levels,
-    }
 
 
 def print_table(summary: Mapping[str, Any], shown: int = 10) -> None:
@@ -180,13 +137,18 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     best, counts = summary["best"], summary["counts"]
     lines = [
         f"{sum(counts.values())} trials in {summary['seconds']:.0f} s: "
-        + ", ".join(f"{count} {state}" for state, count in counts.items() if count),
-        f"Best trial:       {best['trial']}, validation Spearman {best[OBJECTIVE]:.3f}"
-        + _intervals(best["validation_interval"]),
+        + ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     ]
+    if not summary["complete"]:
+        lines.append(f"So far:           {sum(counts.values())} of {summary['planned']} planned trials have ended")
+    if best:
+        lines.append(
+            f"Best trial:       {best['trial']}, validation Spearman {best[OBJECTIVE]:.3f}"
+            + _intervals(best["validation_interval"])
+        )
     if ended_by := summary.get("ended_by"):
         lines.insert(1, f"Ended early:      {ended_by}")
-    if band := summary["luck"]:
+    if best and (band := summary["luck"]):
         beyond = best[OBJECTIVE] > band["threshold"]
         lines.append(
             f"Luck:             with nothing to learn the best of these trials and epochs would reach "
@@ -194,7 +156,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
             f"(p = {band['p_value']:.4f}): "
             + ("the best is beyond that" if beyond else "the best is NOT beyond that; do not trust it")
         )
-    elif summary["splits"] > 1:
+    elif best and summary["splits"] > 1:
         lines.append(
             "Luck:             not said: the trials were measured on different patients. The best one may only have "
             "the easiest of them; it is no better configuration"
@@ -207,7 +169,9 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
             f"Pareto set:       {', '.join(map(str, pareto))}: no other trial is as good in all of "
             f"{', '.join(summary['objectives'])} and better in one"
         )
-    if best["test_spearman"] is None:
+    if not summary["complete"]:
+        lines.append("Test patients:    not looked at before the end")
+    elif best["test_spearman"] is None:
         lines.append("Test:             no test clips; the validation figure is optimistic")
     else:
         lines.append(

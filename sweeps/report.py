@@ -7,6 +7,7 @@ epoch that was looked at), and its Spearman on test patients that took no part i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +30,11 @@ from qafe.train import BEST_FILE, predict
 from . import checkpoints
 from .noise import NOISE_SETTINGS, SPLIT, Noise, noise
 from .plan import Plan, clip_counts
-from .progress import STATES
-from .searcher import DIVERGED, OBJECTIVE
-from .study import BASELINE, FAILURE, own_trials, pareto_set, study_of_own
+from .progress import SECONDS, STATES
+from .results import DIVERGED, OBJECTIVE
+from .study import BASELINE, FAILURE, REASON, own_trials, pareto_set, study_of_own
 from .sweep import trial_device
+from .timeline import Stretch, stretches_of
 from .trial import CONFIG_FILE
 
 MINIMUM_FOR_IMPORTANCES = 4
@@ -55,6 +57,13 @@ class TrialSummary:
     """With several objectives: whether no other trial is as good in all of them and better in one."""
     values: dict[str, float] = field(default_factory=dict)
     """Of a finished trial, by objective, where there are several."""
+    seconds: float = 0.0
+    """Of training on workers."""
+    ended: float | None = None
+    """Seconds since 1970; None while it runs."""
+    stretches: tuple[Stretch, ...] = ()
+    failure: str = ""
+    """Its class, and that of the error: the error's message may name a patient's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +103,10 @@ def summarise(study: optuna.Study, folder: Path, runs: Mapping[int, str]) -> lis
                 run_id=runs.get(trial.number, ""),
                 pareto=trial.number in pareto,
                 values=dict(zip(study.metric_names or (), trial.values or (), strict=False)) if several else {},
+                seconds=float(trial.user_attrs.get(SECONDS, 0.0)),
+                ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
+                stretches=stretches_of(trial),
+                failure=_failure(trial),
             )
         )
     return sorted(rows, key=lambda row: (row.objective is None, -(row.objective or 0.0), row.number))
@@ -106,37 +119,58 @@ def _state(trial: FrozenTrial) -> str:
     return STATES[trial.state]
 
 
+def _failure(trial: FrozenTrial) -> str:
+    kind = trial.user_attrs.get(FAILURE, "")
+    error = str(trial.user_attrs.get(REASON, "")).partition(":")[0]
+    return f"{kind}: {error}" if kind and re.fullmatch(r"\w+", error) else str(kind)
+
+
+def log_settings(study: optuna.Study) -> frozenset[str]:
+    """The settings that are searched on a logarithmic scale."""
+    return frozenset(
+        name
+        for trial in own_trials(study)
+        for name, distribution in trial.distributions.items()
+        if getattr(distribution, "log", False)
+    )
+
+
 def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary | None:
     """The finished trial with the highest objective; it alone can be registered."""
     return next((row for row in trials if row.state == "finished" and row.checkpoint is not None), None)
 
 
-def luck(trials: Sequence[TrialSummary]) -> metrics.LuckBand | None:
-    """What the best of these trials and epochs would score by luck alone; None if no trial left its predictions, or if
-    they are of different validation patients."""
-    histories: list[History] = []
-    for row in trials:
+def luck(trials: Sequence[TrialSummary]) -> tuple[metrics.LuckBand, list[int]] | None:
+    """What the best of these trials and epochs would score by luck alone, and the numbers of the trials that left their
+    predictions, in the order in which they ended; None if there is none, or if they are of different validation
+    patients."""
+    histories: dict[int, History] = {}
+    for row in sorted(trials, key=lambda row: (row.ended is None, row.ended, row.number)):
         if row.checkpoint is not None:
             try:
-                histories.append(read_history(row.checkpoint))
+                history = read_history(row.checkpoint)
             except CheckpointError:
                 continue
-    histories = [history for history in histories if all(entry.epochs for entry in history.values())]
-    clips = {tuple((name, *entry.ids) for name, entry in history.items()) for history in histories}
+            if all(entry.epochs for entry in history.values()):
+                histories[row.number] = history
+    clips = {tuple((name, *entry.ids) for name, entry in history.items()) for history in histories.values()}
     if len(clips) != 1:  # none, or trials on different patients: no permutation reorders the scores of all of them
         return None
     tables = {}
-    for expression, first in histories[0].items():
-        candidates = [history[expression].prediction_matrix() for history in histories]
+    for expression, first in next(iter(histories.values())).items():
+        candidates = [history[expression].prediction_matrix() for history in histories.values()]
         length = max(len(table) for table in candidates)
         # A trial that was stopped early looked at fewer epochs: its last one again adds nothing to its best.
         padded = [np.concatenate([table, table[-1:].repeat(length - len(table), axis=0)]) for table in candidates]
         tables[expression] = (np.stack(padded), first.target, first.patients)
-    return metrics.luck_band(tables)
+    return metrics.luck_band(tables), list(histories)
 
 
 def test_best(checkpoint: Path, data_root: str, expressions: Sequence[str], gpus: float) -> TestResult | None:
-    """The best trial's models on the test patients, on one of the sweep's workers; None without test clips."""
+    """The best trial's models on the test patients, on a worker that has a GPU if the trials had; None without test
+    clips."""
+    if gpus == 0:
+        return _score_test(checkpoint, data_root, expressions, gpus)
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=gpus)(_score_test)
@@ -144,7 +178,7 @@ def test_best(checkpoint: Path, data_root: str, expressions: Sequence[str], gpus
     return found
 
 
-def _score_test(checkpoint: Path, data_root: str, expressions: tuple[str, ...], gpus: float) -> TestResult | None:
+def _score_test(checkpoint: Path, data_root: str, expressions: Sequence[str], gpus: float) -> TestResult | None:
     config = configs.from_json((checkpoint / CONFIG_FILE).read_text())
     cohort = load_cohort(data_root, config.data)
     device = trial_device(gpus)
@@ -197,13 +231,9 @@ def seed_noise(trials: Sequence[TrialSummary]) -> Noise | None:
     return noise([(row.settings.get(SPLIT, 0), row.objective or 0.0) for row in done])
 
 
-def sum_up(
-    plan: Plan, cohort: Cohort, trials: Sequence[TrialSummary], best: TrialSummary, seconds: float
-) -> dict[str, Any]:
-    """The sweep as one JSON object: for ``--json``, the report and the tracker."""
-    assert best.checkpoint is not None
-    test = test_best(best.checkpoint, plan.data_root, plan.expressions, plan.gpus_per_trial)
-    band, spread = luck(trials), seed_noise(trials)
+def overview(plan: Plan, cohort: Cohort, trials: Sequence[TrialSummary], seconds: float) -> dict[str, Any]:
+    """A sweep so far as one JSON object, without a look at the test patients."""
+    best, found, spread = best_trial(trials), luck(trials), seed_noise(trials)
     return {
         "sweep": plan.name,
         "study": plan.study,
@@ -216,21 +246,25 @@ def sum_up(
         },
         "planned": plan.trials,
         "seconds": round(seconds, 1),
+        "cost": {"unit": plan.cost_unit, "share": plan.device_share},
         "counts": {state: sum(row.state == state for row in trials) for state in ("finished", "pruned", "failed")},
         "best": {
             "trial": best.number,
             "run_id": best.run_id,
             OBJECTIVE: best.objective,
             "validation_interval": validation_interval(best.checkpoint),
-            "test_spearman": test.mean if test else None,
-            "test_spearman_by_expression": test.spearman if test else {},
-            "test_interval": test.interval if test else {},
+            "test_spearman": None,
+            "test_spearman_by_expression": {},
+            "test_interval": {},
             "settings": best.settings,
-        },
-        "luck": band._asdict() if band else None,
+        }
+        if best and best.checkpoint
+        else None,
+        "luck": found[0]._asdict() | {"trials": found[1]} if found else None,
         "noise": spread._asdict() if spread else None,
         "splits": len({row.settings.get(SPLIT) for row in trials if row.epochs}),
         "objectives": list(plan.objectives),
+        "complete": False,
         "trials": [
             {
                 "trial": row.number,
@@ -240,9 +274,27 @@ def sum_up(
                 "baseline": row.baseline,
                 "pareto": row.pareto,
                 "values": row.values,
+                "seconds": row.seconds,
+                "failure": row.failure,
                 "run_id": row.run_id,
                 "settings": row.settings,
             }
             for row in trials
         ],
     }
+
+
+def sum_up(
+    plan: Plan, cohort: Cohort, trials: Sequence[TrialSummary], best: TrialSummary, seconds: float
+) -> dict[str, Any]:
+    """The sweep as one JSON object: for ``--json``, the report and the tracker. Tests its best trial."""
+    assert best.checkpoint is not None
+    summary = overview(plan, cohort, trials, seconds) | {"complete": True}
+    test = test_best(best.checkpoint, plan.data_root, plan.expressions, plan.gpus_per_trial)
+    if test:
+        summary["best"] |= {
+            "test_spearman": test.mean,
+            "test_spearman_by_expression": test.spearman,
+            "test_interval": test.interval,
+        }
+    return summary

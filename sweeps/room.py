@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ def process_bytes(step: Estimate, config: Config, device: torch.device, models: 
     return int(CPU_PROCESS_BYTES + tensors * (CHECKPOINTED_HEAP_FACTOR if config.train.checkpoint else HEAP_FACTOR))
 
 
+@functools.lru_cache(maxsize=16)
 def trial_bytes(config: Config, device: torch.device, models: int = 1) -> int:
     """`process_bytes` of a config's training step."""
     return process_bytes(training_memory(config, device), config, device, models)

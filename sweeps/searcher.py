@@ -8,6 +8,7 @@ new ones; the scheduler stops a trial when the study's pruner says so.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from qafe import config as configs
 from .control import Control
 from .plan import Plan
 from .progress import SECONDS
+from .results import DIVERGED, FAILED_AS, FINISHED, NO_SKILL, OBJECTIVE
 from .study import (
     ATTEMPTS,
     BASELINE,
@@ -38,14 +40,6 @@ from .study import (
 from .sweep import Suggester, Sweep
 from .warm_start import add_earlier_trials
 
-OBJECTIVE = "best_spearman"
-"""What a sweep maximises: the mean over expressions of the best epoch's validation Spearman."""
-FINISHED = "finished"
-FAILED_AS = "failed_as"
-"""What a trial reports as the class of its failure; see `sweeps.trial`."""
-DIVERGED = "diverged"
-NO_SKILL = -1.0
-"""What the study hears of the epoch in which a loss was not finite: the lowest Spearman there is."""
 SECONDS_NOTED_S = 10.0
 """How much of a running trial's time may be missing from the study: each note is a write to a disk."""
 VALUES = {"spearman": OBJECTIVE, "params": "params", "seconds": "epoch_s", "mae": "best_mae"}
@@ -68,11 +62,14 @@ class StudySearcher(Searcher):
     Args:
         plan: the sweep; its base config's own values are the first trial.
         sweep: what is searched.
+        places: how many trials the cluster runs at once. So many workers start side by side; beyond them one trial at
+            a time waits for its turn, so that each is chosen from all that is known by then.
     """
 
-    def __init__(self, plan: Plan, sweep: Sweep) -> None:
+    def __init__(self, plan: Plan, sweep: Sweep, places: float = math.inf) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self.plan = plan
+        self.places = places
         self.space = sweep.space
         self.base = configs.from_json(plan.config_json)
         self.study = open_study(plan)
@@ -83,6 +80,7 @@ class StudySearcher(Searcher):
         add_earlier_trials(self.study, plan, sweep)
         self._begun = len(own_trials(self.study))
         self._open: dict[str, optuna.Trial] = {}
+        self._placed: set[str] = set()
         self._epochs: dict[int, int] = {}
         self._seconds: dict[int, float] = {}
         self._noted: dict[int, float] = {}
@@ -93,6 +91,7 @@ class StudySearcher(Searcher):
     def begin(self) -> None:
         """Gives out the trials that the study has as running, before any new ones: Ray begins, or begins again."""
         self._open.clear()
+        self._placed.clear()
         self._interrupted = deque(own_trials(self.study, (TrialState.RUNNING,)))
         self.pausing = False
         """Whether Ray is to come to rest: no trial is given out."""
@@ -106,6 +105,8 @@ class StudySearcher(Searcher):
         """A trial to run: its number, its settings by dotted name, and the epochs that the study knows of it."""
         if self.pausing:
             return str(Searcher.FINISHED)
+        if len(self._open) - len(self._placed) >= max(1, self.places - len(self._placed)):
+            return None  # asked again later
         if self._interrupted:
             frozen = self._interrupted.popleft()
             trial, epochs = optuna.Trial(self.study, frozen._trial_id), epochs_of(frozen)
@@ -132,6 +133,10 @@ class StudySearcher(Searcher):
         self._seconds[trial.number] = self._noted[trial.number] = trial.user_attrs.get(SECONDS, 0.0)
         return {"settings": dict(trial.params), "number": trial.number, "epochs": epochs, "attempt": attempt}
 
+    def placed(self, trial_id: str) -> None:
+        """A trial has a worker."""
+        self._placed.add(trial_id)
+
     def report(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Tells the study of an epoch; True if the trial should be stopped early.
 
@@ -154,6 +159,7 @@ class StudySearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells the study how a trial ended."""
         trial = self._open.pop(trial_id, None)
+        self._placed.discard(trial_id)
         if trial is None or self._frozen(trial).state.is_finished():
             return
         self._note_seconds(trial)
@@ -219,6 +225,11 @@ class StudySearcher(Searcher):
         trial = self._open.get(trial_id)
         if trial is not None and trial.user_attrs.get(RUN_ID) != run_id:
             trial.set_user_attr(RUN_ID, run_id)
+
+    def note(self, trial_id: str, name: str, value: Any) -> None:
+        """Gives a running trial a user attribute."""
+        if (trial := self._open.get(trial_id)) is not None:
+            trial.set_user_attr(name, value)
 
     def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
         return self.study._storage.get_trial(trial._trial_id)

@@ -43,8 +43,8 @@ from qafe.train import EpochResult, fit
 from .checkpoints import newest, seal
 from .control import FULL, Control
 from .monitor import monitor
+from .results import DIVERGED, FAILED_AS, FINISHED, NO_SKILL, OBJECTIVE
 from .room import fitting, room_bytes, side_by_side, surely_fits, with_half_the_batch
-from .searcher import DIVERGED, FAILED_AS, FINISHED, NO_SKILL, OBJECTIVE
 from .study import REASON
 from .sweep import trial_device
 
@@ -191,7 +191,7 @@ def _keep(config: Config, history: History, results: dict[str, EpochResult], pla
                 (folder / CONFIG_FILE).write_text(configs.to_json(config))
                 write_history(folder, history)
                 for expression, result in results.items():
-                    result.save(folder / expression)
+                    result.save(folder / expression, synced=False)  # Ray's copy of it is what stays
                 seal(folder, epoch)
                 size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
                 if has_room(sweep_folder, size):

@@ -1,6 +1,8 @@
 """Who may import whom (the rules of the design, read from the source)."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,14 @@ def test_rooms_keep_to_their_imports(importers: str, forbidden: tuple[str, ...])
 def test_the_model_touches_no_disk_clock_or_logger() -> None:
     forbidden = ("logging", "os", "time", "pathlib", "tempfile", "qafe.store", "qafe.data")
     assert offenders("qafe.model", forbidden, allowed=("qafe.model.weights",)) == []
+
+
+def test_a_trials_worker_loads_only_what_a_trial_needs() -> None:
+    code = (
+        "import sys, sweeps.trial; print([name for name in ('mlflow', 'matplotlib', 'plotly') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_nothing_says_nothing_in_its_name() -> None:

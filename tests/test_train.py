@@ -241,6 +241,22 @@ def test_scores_on_a_cpu_are_those_that_training_on_a_gpu_reported(
     np.testing.assert_allclose(scores, reported, atol=1e-5)
 
 
+def test_the_best_epochs_attention_is_kept(quick: Config, smile: Cohort) -> None:
+    results = train(quick, smile)
+    history = ExpressionHistory.start(smile.validation)
+    for result in results:
+        history.add(result)
+    best = results[history.best_epoch - 1].attention
+    assert list(history.attention) == list(best) == ["layer 1: rgb reads heatmap", "layer 1: heatmap reads rgb"]
+    for name, rows in history.attention.items():
+        assert rows == best[name].tolist()
+        assert best[name].shape == (2, 2)
+        np.testing.assert_allclose(best[name].sum(axis=1), 1, rtol=1e-5)
+    assert any((result.attention[name] != best[name]).any() for result in results for name in best)
+    (result,) = train(override(quick, {"model.fusion.kind": "sum", "train.epochs": 1}), smile)
+    assert result.attention == {}
+
+
 def test_histories_survive_the_disk(quick: Config, smile: Cohort, tmp_path: Path) -> None:
     entry = ExpressionHistory.start(smile.validation)
     for result in train(quick, smile):

@@ -40,7 +40,7 @@ def refusal(err: BaseException | None) -> bool:
     """Whether the server will never take what it was given: a client error that no waiting ends."""
     status = 0
     if isinstance(err, MlflowException):
-        status = int(err.get_http_status_code())  # type: ignore[no-untyped-call]
+        status = int(err.get_http_status_code())
     elif isinstance(err, requests.HTTPError) and err.response is not None:
         status = err.response.status_code
     return 400 <= status < 500 and status not in WAITS

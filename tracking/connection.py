@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -15,6 +16,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from qafe.errors import TrackingError
 
@@ -24,18 +28,48 @@ for name in ("mlflow", "alembic"):  # they announce every step of a first migrat
 
 
 def resolve_uri(uri: str | None = None) -> str:
-    """The tracking URI to use, absolute so that it means the same in every process.
+    """The tracking URI to use, absolute so that it means the same in every process, and without a password.
 
     In this order: the argument, ``MLFLOW_TRACKING_URI``, MLflow's own default (``mlflow.db`` in this folder).
+    An account in the URI goes into this process's environment, where MLflow (``MLFLOW_TRACKING_USERNAME``,
+    ``MLFLOW_TRACKING_PASSWORD``) and PostgreSQL (``PGPASSWORD``) look for it: what later quotes the URI, in a log, a
+    file or a list of processes, cannot show it.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{EMBEDDED_FILE}"
+    if uri.startswith(("http://", "https://")):
+        return _without_account(uri)
+    if uri.startswith("postgresql"):
+        return _without_password(uri)
     match = re.fullmatch(r"sqlite:///(?!/)(.+)", uri)
     return f"sqlite:////{str(Path(match[1]).resolve()).lstrip('/')}" if match else uri
 
 
-def masked(uri: str) -> str:
-    """The URI without a password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
+def _without_account(uri: str) -> str:
+    account, _, rest = uri.partition("://")[2].rpartition("@") if "@" in urlsplit(uri).netloc else ("", "", "")
+    if not rest:
+        return uri
+    name, _, password = account.partition(":")
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(name)
+    if password:
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
+    return f"{uri.partition('://')[0]}://{rest}"
+
+
+def _without_password(uri: str) -> str:
+    try:
+        url = make_url(uri)
+    except (ArgumentError, ValueError):
+        return uri
+    password = url.query.get("password", url.password)
+    if password:
+        os.environ["PGPASSWORD"] = str(password)
+    return url._replace(password=None).difference_update_query(["password"]).render_as_string(hide_password=False)
+
+
+def masked(words: str) -> str:
+    """A URI, or what somebody said about one, without passwords."""
+    words = re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1:***@", words)
+    return re.sub(r"(?i)([?&\s](?:ssl)?password=)[^&\s]+", r"\1***", words)
 
 
 def connect(uri: str | None = None, *, create: bool = True) -> MlflowClient:
@@ -44,8 +78,11 @@ def connect(uri: str | None = None, *, create: bool = True) -> MlflowClient:
     Args:
         create: make an embedded store that does not exist; without it that is an error.
     Raises:
-        TrackingError: nothing answers at the URI, or it is not one that MLflow knows.
+        TrackingError: nothing answers at the URI, it is not one that MLflow knows, the account is not one that the
+            server knows, or the store is of another MLflow and cannot be migrated now.
     """
+    from . import database, migrate  # late: they need what stands above
+
     resolved = resolve_uri(uri)
     file = embedded_path(resolved)
     if file and not create and not file.exists():
@@ -53,16 +90,43 @@ def connect(uri: str | None = None, *, create: bool = True) -> MlflowClient:
             f"there is no tracking store at {file}; go to the sweep's folder or name --tracking-uri / "
             "MLFLOW_TRACKING_URI."
         )
+    if resolved.startswith(("sqlite:", "postgresql")):
+        migrate.prepare(database.Database(resolved))
     try:
         client = MlflowClient(tracking_uri=resolved)
         client.search_experiments(max_results=1)
     except Exception as err:  # MLflow and its database drivers raise almost anything
+        if isinstance(err, MlflowException) and (refusal := refused(err, resolved)):
+            raise refusal from err
         raise TrackingError(
             f"the tracking server must answer, got no answer from {masked(resolved)} (--tracking-uri or "
             f"MLFLOW_TRACKING_URI; {type(err).__name__}). Start it with python -m tracking.server, or unset the URI "
             "for an embedded store."
         ) from err
     return client
+
+
+def refused(err: MlflowException, uri: str | None = None) -> TrackingError | None:
+    """What a server's 401 or 403 means, in one line; None for any other error."""
+    status = err.get_http_status_code()
+    if status not in (401, 403):
+        return None
+    account = os.environ.get("MLFLOW_TRACKING_USERNAME") or "no account or that of ~/.mlflow/credentials"
+    place = masked(resolve_uri(uri))
+    if status == 401:
+        return TrackingError(
+            f"the tracking server must know name and password, {place} refused {account} (401). Set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or write ~/.mlflow/credentials."
+        )
+    if "Invalid Host header" in str(err):
+        return TrackingError(
+            f"the tracking server answers only to names that it was told, {place} is none of them (403). "
+            "Add the name to its --allowed-hosts."
+        )
+    return TrackingError(
+        f"this needs a permission that {account} does not have on {place} (403). Ask its administrator for it "
+        "(python -m tracking.server user grant)."
+    )
 
 
 def embedded_path(uri: str) -> Path | None:

@@ -24,7 +24,7 @@ from qafe import console
 from qafe.errors import TrackingError
 
 from . import scorer
-from .connection import connect, masked, resolve_uri
+from .connection import connect, masked, refused, resolve_uri
 from .figures import CHECKPOINT_FOLDER
 from .runs import STATE_TAG, SWEEP_TAG, TRIAL_TAG, sweep_runs
 from .tags import SWEEP_ITSELF
@@ -153,7 +153,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub = commands.add_parser("list", help="list the registered versions")
     sub.add_argument("--json", action="store_true")
     sub.set_defaults(run=_list)
-    return console.run(lambda options: int(options.run(options)), parser, argv)
+    return console.run(_run, parser, argv)
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        return int(options.run(options))
+    except MlflowException as err:
+        if refusal := refused(err, options.tracking_uri):
+            raise refusal from err
+        raise
 
 
 def _register(options: argparse.Namespace) -> int:

@@ -191,6 +191,7 @@ class SweepTracker:
             if next(self.spool.unsent(), None) is None:
                 return True
             self._wake.set()
+            self._soon.set()
             time.sleep(0.05)
         return False
 

@@ -1,8 +1,9 @@
 """Samples -> clips -> what the model reads.
 
-Decoding and cropping happen in `ClipDataset`, in whichever process loads; heatmaps are drawn in `model_inputs`, on
-the device that trains. All randomness of a clip comes from (seed, epoch, index), so that neither a resumed run nor
-another number of workers changes it.
+Decoding happens in `ClipDataset`, in whichever process loads; heatmaps are drawn in `model_inputs`, on the device
+that trains. There, too, frames are cropped where that is this process's CPU, and else before they are sent. All
+randomness of a clip comes from (seed, epoch, index), so that neither a resumed run nor another number of workers
+changes it.
 """
 
 from __future__ import annotations
@@ -11,34 +12,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ..config import AugmentConfig, Config, HeatmapConfig
 from ..errors import ManifestError
 from ..markup import ALL_COUNT, INNER, columns
-from ..store import Frames, Store
+from ..store import Store
 from . import heatmap
 from .augment import CENTRE, ClipDraw, aligned_offset, crop_offset, draw_pair
 from .cache import FrameCache
 from .clips import test_indices, train_indices
+from .frames import Crop, normalised, pixels
 from .manifest import Sample
-
-RGB_MEAN = (0.485, 0.456, 0.406)
-RGB_STD = (0.229, 0.224, 0.225)
-"""ImageNet's, as published."""
 
 
 @dataclass
 class Clip:
-    """One clip, cropped and flipped but not yet normalised or drawn."""
+    """One clip, not yet normalised or drawn."""
 
-    rgb: UInt8[Tensor, "T H W 3"]
+    frames: Crop
     points: Float32[Tensor, "T P 2"] | None
     """(x, y) in canvas pixels, the drawn points only, scaled and flipped; None if heatmaps are rendered."""
     rendered: UInt8[Tensor, "T h w 3"] | None
@@ -48,12 +45,18 @@ class Clip:
     score: float
     sample: Sample
 
+    @property
+    def rgb(self) -> UInt8[Tensor, "T H W 3"]:
+        """A copy of its frames, cropped and flipped."""
+        return pixels([self.frames])[0]
+
 
 @dataclass
 class ClipBatch:
     """B clips; see `Clip` for what each field is."""
 
-    rgb: UInt8[Tensor, "B T H W 3"]
+    frames: UInt8[Tensor, "B T H W 3"] | list[Crop]
+    """Cropped and flipped; or still in their videos, in the process that reads those and for its CPU."""
     points: Float32[Tensor, "B T P 2"] | None
     rendered: UInt8[Tensor, "B T h w 3"] | None
     offsets: Tensor
@@ -64,18 +67,24 @@ class ClipBatch:
     """Clips of the batch that these are one process's share of (`qafe.distributed`); None if these are all."""
 
     def __len__(self) -> int:
-        return self.rgb.shape[0]
+        return len(self.frames)
 
     @property
     def size(self) -> int:
         """Clips of the whole batch."""
         return len(self) if self.whole is None else self.whole
 
+    @property
+    def rgb(self) -> UInt8[Tensor, "B T H W 3"]:
+        """The frames, cropped and flipped; a copy if they are still in their videos."""
+        return self.frames if isinstance(self.frames, Tensor) else pixels(self.frames)
+
     def to(self, device: torch.device | str) -> ClipBatch:
         """The batch with its large tensors and scores on a device."""
+        stays = torch.device(device).type == "cpu"
         return replace(
             self,
-            rgb=self.rgb.to(device, non_blocking=True),
+            frames=self.frames if stays else self.rgb.to(device, non_blocking=True),
             points=None if self.points is None else self.points.to(device, non_blocking=True),
             rendered=None if self.rendered is None else self.rendered.to(device, non_blocking=True),
             score=self.score.to(device, non_blocking=True),
@@ -85,7 +94,7 @@ class ClipBatch:
         """The batch in page-locked memory; a DataLoader with ``pin_memory`` calls this."""
         return replace(
             self,
-            rgb=self.rgb.pin_memory(),
+            frames=self.rgb.pin_memory(),
             points=None if self.points is None else self.points.pin_memory(),
             rendered=None if self.rendered is None else self.rendered.pin_memory(),
             score=self.score.pin_memory(),
@@ -157,11 +166,15 @@ class ClipDataset(Dataset[Clip]):
 
 
 def collate(clips: list[Clip]) -> ClipBatch:
-    """Clips of one dataset as a batch; the ``collate_fn`` of a DataLoader."""
+    """Clips of one dataset as a batch; the ``collate_fn`` of a DataLoader.
+
+    Its workers copy the frames out of their videos, for another process cannot read those.
+    """
+    frames = [clip.frames for clip in clips]
     points = [clip.points for clip in clips if clip.points is not None]
     rendered = [clip.rendered for clip in clips if clip.rendered is not None]
     return ClipBatch(
-        rgb=torch.stack([clip.rgb for clip in clips]),
+        frames=pixels(frames) if get_worker_info() else frames,
         points=torch.stack(points) if points else None,
         rendered=torch.stack(rendered) if rendered else None,
         offsets=torch.tensor([clip.offset for clip in clips], dtype=torch.int64),
@@ -176,7 +189,7 @@ def model_inputs(batch: ClipBatch, config: Config) -> tuple[Float[Tensor, "B 3 T
     RGB is divided by 255 and normalised by ImageNet's mean and deviation; heatmaps lie in [0, 1], as published.
     RGB lies in memory as it is stored, frame by frame and pixel by pixel (``channels_last`` to a 2-D convolution).
     """
-    rgb = _normalised(batch.rgb)
+    rgb = normalised(batch.frames)
     if batch.points is None:
         assert batch.rendered is not None, "a batch has points or rendered heatmaps"
         return rgb, batch.rendered.permute(0, 4, 1, 2, 3).float().div_(255).contiguous()
@@ -202,21 +215,6 @@ def load_clip(store: Store, patient: str, video: str, config: Config) -> ClipBat
     sample = Sample(f"{video}_{patient}", patient, video, "", float("nan"), frames)
     indices = test_indices(frames, config.model.clip_frames)
     return collate([_read_clip(store, sample, indices, (CENTRE, CENTRE), config, rendered)])
-
-
-def _normalised(rgb: UInt8[Tensor, "B T H W 3"]) -> Float[Tensor, "B 3 T H W"]:
-    """(rgb / 255 - mean) / deviation as one multiply-add, on a CPU a frame at a time: what its caches hold."""
-    mean, deviation = np.array(RGB_MEAN), np.array(RGB_STD)
-    scale, shift = (
-        torch.tensor(values, dtype=torch.float32, device=rgb.device).repeat(rgb.shape[3])
-        for values in (1 / (255 * deviation), -mean / deviation)
-    )
-    rows = rgb.flatten(0, 1).flatten(2)  # BT H W3
-    normalised = torch.empty(rows.shape, device=rgb.device)
-    step = 1 if rgb.device.type == "cpu" else max(len(rows), 1)
-    for levels, out in zip(torch.split(rows, step), torch.split(normalised, step), strict=True):
-        torch.addcmul(shift, out.copy_(levels), scale, out=out)
-    return normalised.view(rgb.shape).permute(0, 4, 1, 2, 3)
 
 
 def _uses_rendered(store: Store, videos: list[tuple[str, str]], config: Config) -> bool:
@@ -261,12 +259,12 @@ def _read_clip(
     rgb_side, map_side = config.model.rgb.size_px, config.model.heatmap.size_px
     rgb_resized, map_resized = resized_px(rgb_side, augment), resized_px(map_side, augment)
     rgb_offset = crop_offset(rgb_draw, rgb_resized, rgb_side)
+    every = range(len(indices))
     whole = cache.frames(store, sample.patient, sample.video, rgb_resized) if cache else None
     if whole is not None and len(whole) == sample.frames:
-        rgb = _cropped(whole, rgb_draw.flip, rgb_offset, rgb_side, indices)
+        video, chosen = whole, indices.tolist()
     else:
-        frames = store.read_frames(sample.patient, sample.video, indices, rgb_resized)
-        rgb = _cropped(frames, rgb_draw.flip, rgb_offset, rgb_side)
+        video, chosen = store.read_frames(sample.patient, sample.video, indices, rgb_resized), every
     rest = (0.0, 0.0)
     if heatmap_draw == rgb_draw:
         offset, rest = aligned_offset(rgb_offset, (rgb_resized, rgb_side), (map_resized, map_side))
@@ -275,36 +273,17 @@ def _read_clip(
     points = maps = None
     if rendered:
         pictures = store.read_rendered_heatmaps(sample.patient, sample.video, indices, map_resized)
-        maps = _cropped(pictures, heatmap_draw.flip, offset, map_side)
+        maps = pixels([Crop(pictures, every, offset, map_side, heatmap_draw.flip)])[0]
     else:
         points = _canvas_points(store, sample, indices, heatmap_draw.flip, rest, map_resized, config)
     return Clip(
-        rgb=rgb,
+        frames=Crop(video, chosen, rgb_offset, rgb_side, rgb_draw.flip),
         points=points,
         rendered=maps,
         offset=offset,
         score=sample.score,
         sample=sample,
     )
-
-
-def _cropped(
-    frames: Frames, flip: bool, offset: tuple[int, int], side: int, indices: npt.NDArray[np.int64] | None = None
-) -> Tensor:
-    """Chosen frames, flipped and then cropped, in one copy: a crop of the mirrored frame is the mirror of a crop from
-    the other side."""
-    top, left = offset
-    if flip:
-        left = frames.shape[2] - left - side
-    chosen = range(len(frames)) if indices is None else indices.tolist()
-    cropped = np.empty((len(chosen), side, side, 3), np.uint8)
-    for out, index in zip(cropped, chosen, strict=True):
-        crop = frames[index, top : top + side, left : left + side]
-        if flip:
-            cv2.flip(crop, 1, dst=out)
-        else:
-            out[:] = crop
-    return torch.from_numpy(cropped)
 
 
 def _canvas_points(

@@ -131,8 +131,21 @@ class CrossLayer(nn.Module):
         new_heatmap = self._block("heatmap")(heatmap, rgb) if self.query != "rgb" else heatmap
         return new_rgb, new_heatmap
 
-    def _block(self, reader: str) -> nn.Module:
-        return self.blocks["shared" if "shared" in self.blocks else reader]
+    def attention(
+        self, rgb: Float[Tensor, "B S D"], heatmap: Float[Tensor, "B S D"]
+    ) -> dict[str, Float[Tensor, "B heads S S"]]:
+        """What each stream that reads attends to in the other, by that stream."""
+        streams = {"rgb": (rgb, heatmap), "heatmap": (heatmap, rgb)}
+        return {
+            reader: self._block(reader).attention(*tokens)
+            for reader, tokens in streams.items()
+            if self.query in ("both", reader)
+        }
+
+    def _block(self, reader: str) -> "CrossBlock":
+        block = self.blocks["shared" if "shared" in self.blocks else reader]
+        assert isinstance(block, CrossBlock)
+        return block
 
 
 class CrossBlock(nn.Module):
@@ -175,6 +188,18 @@ class CrossBlock(nn.Module):
         y: Tensor = self.dropout(F.gelu(self.expand(self.norm_mlp(x))))
         y = self.drop_path(self.dropout(self.contract(y)))
         return x + y
+
+    def attention(self, x: Float[Tensor, "B S D"], other: Float[Tensor, "B M D"]) -> Float[Tensor, "B heads S M"]:
+        """The weights by which each token of ``x`` reads those of ``other``; rows sum to 1.
+
+        To look at: `forward` uses a kernel that never has them all in memory.
+        """
+        q, k = (
+            rearrange(tokens, "b n (h d) -> b h n d", h=self.heads)
+            for tokens in (self.query(self.norm_query(x)), self.key(self.norm_value(other)))
+        )
+        weights: Tensor = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
+        return weights
 
     def _read(self, x: Float[Tensor, "B S D"], other: Float[Tensor, "B M D"]) -> Float[Tensor, "B S D"]:
         q, k, v = (
@@ -245,9 +270,14 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B 1 D"]:
         """The pooled token."""
-        weights = self.weigh(self.norm(x)).softmax(dim=1)  # B N 1
+        weights = self.attention(x).transpose(1, 2)  # B N 1
         pooled: Tensor = (weights * x).sum(dim=1, keepdim=True)
         return pooled
+
+    def attention(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B 1 N"]:
+        """The weight of each token; they sum to 1."""
+        weights: Tensor = self.weigh(self.norm(x)).softmax(dim=1)
+        return weights.transpose(1, 2)
 
 
 MIXERS: dict[str, Callable[[int, int], nn.Module]] = {

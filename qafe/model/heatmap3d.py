@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config import HeatmapEncoderConfig
+from .pooling import max_pool
 from .transformer import init_conv
 
 EXPANSION = 4
@@ -99,7 +100,7 @@ class SlowOnly(nn.Module):
     def forward(self, x: Float[Tensor, "N C T H W"]) -> Float[Tensor, "N D"]:
         """One token a segment."""
         x = F.relu_(self.stem(x))  # N width T H W
-        x = F.max_pool2d(x.flatten(0, 1), 3, stride=1, padding=1).reshape(x.shape)  # N width T H W
+        x = max_pool(x.flatten(0, 1), stride=1).reshape(x.shape)  # N width T H W
         for stage in self.stages:
             x = stage(x)  # channels double and space halves
         return x.mean(dim=(2, 3, 4))  # N D

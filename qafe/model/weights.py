@@ -79,11 +79,19 @@ REFERENCE_MODULES = ("model", "SlowOnly", "decoder", "evaluator")
 """The four state dicts in the authors' own checkpoint."""
 
 
-def save(path: Path | str, model: nn.Module, config: Config, extra: Mapping[str, str] | None = None) -> None:
+def save(
+    path: Path | str,
+    model: nn.Module,
+    config: Config,
+    extra: Mapping[str, str] | None = None,
+    *,
+    synced: bool = True,
+) -> None:
     """Writes weights and config to one safetensors file, whole or not at all.
 
     Args:
         extra: further metadata, text to text.
+        synced: wait until the disk has it.
     Raises:
         CheckpointError: the file cannot be written.
     """
@@ -96,7 +104,8 @@ def save(path: Path | str, model: nn.Module, config: Config, extra: Mapping[str,
         with beside.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         beside.replace(path)
     except OSError as err:
         beside.unlink(missing_ok=True)

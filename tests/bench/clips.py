@@ -28,7 +28,8 @@ import qafe.train
 from qafe.config import Config, override, paper, small
 from qafe.data import heatmap
 from qafe.data.cohort import load_cohort
-from qafe.data.dataset import RGB_MEAN, RGB_STD, ClipDataset, _normalised, collate, model_inputs, resized_px
+from qafe.data.dataset import ClipDataset, collate, model_inputs, resized_px
+from qafe.data.frames import RGB_MEAN, RGB_STD, normalised
 from qafe.data.manifest import read_manifest
 from qafe.data.sample import SampleConfig, make_sample
 from qafe.memory import freed_memory_kept
@@ -44,7 +45,7 @@ RECORDED_MS = 229 + 62
 
 
 def bench(rounds: int, threads: int) -> list[Row]:
-    """Three rows: a pair from JPEGs, a pair from the cache, and how long a training waits for its clips."""
+    """Three rows: a pair from JPEGs, a pair from the cache, and how long a training waits for clips and evaluates."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -106,14 +107,8 @@ def _pairs(store: Store, rounds: int) -> list[Row]:
 
 
 def _plain_process() -> Any:
-    """One process with torch's own allocation, one thread, and without what qafe sets for itself."""
-    ours = os.environ.get("THP_MEM_ALLOC_ENABLE")
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
-    try:
-        return multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,))
-    finally:
-        if ours is not None:
-            os.environ["THP_MEM_ALLOC_ENABLE"] = ours
+    """One process with torch's own allocation and one thread."""
+    return multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,))
 
 
 def _folder(store: Store, kind: str, sample: Any) -> Path:
@@ -136,8 +131,8 @@ def _parts(dataset: ClipDataset, config: Config, rounds: int) -> str:
     assert batch.points is not None
     resized = resized_px(config.model.heatmap.size_px, config.data.augment)
     calls: dict[str, Callable[[], object]] = {
-        "read and crop": lambda: collate([dataset[0]]),
-        "normalise": lambda: _normalised(batch.rgb),
+        "read": lambda: collate([dataset[0]]),
+        "crop and normalise": lambda: normalised(batch.frames),
         "draw heatmaps": lambda: heatmap.render(batch.points, config.data.heatmap, resize_px=resized),
     }
     times = {name: statistics.median(_cpu_s(call) for _ in range(rounds)) for name, call in calls.items()}
@@ -165,10 +160,11 @@ def _published(frames: Path, heatmaps: Path, *, seed: int) -> None:
 
 
 def _training(sample: Path, epochs: int) -> Row:
-    """Seconds of each epoch after the first that the training waits for its next batch, against all its seconds."""
+    """Seconds of each epoch after the first that the training waits for its next batch, against all its seconds; and
+    in a note those of its evaluation."""
     config = override(small(), {"train.epochs": epochs})
     part = load_cohort(sample, config.data).only("smile")
-    waited = 0.0
+    waited = evaluated = 0.0
     read = qafe.train._read
 
     def timed(loader: Any) -> Iterator[Any]:
@@ -191,8 +187,11 @@ def _training(sample: Path, epochs: int) -> Row:
             else:
                 row.ours.append(waited)
                 row.rival.append(result.seconds)
+                evaluated += result.evaluation_s
             waited = 0.0
     finally:
         qafe.train._read = read
     row.notes.append(f"later epochs: {sum(row.ours) / sum(row.rival):.2%} of the wall, data.workers=0")
+    counts = f"{len(part.validation)} validation clips, after {len(part.train) * config.data.repeats} training clips"
+    row.notes.append(f"evaluation once per epoch: {evaluated / sum(row.rival):.1%} of the wall ({counts})")
     return row

@@ -140,8 +140,6 @@ class Measurement:
         if published is not None and self.how == "published":
             command.append(str(published.resolve()))
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-        if self.how == "published":  # qafe sets it for itself, and for no one else.
-            environment["THP_MEM_ALLOC_ENABLE"] = "0"
         root = Path(__file__).parents[2]
         done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
         if done.returncode == 2:
@@ -164,7 +162,7 @@ def measure(wanted: Measurement, published: Path | None = None) -> dict[str, flo
     torch.set_num_threads(wanted.threads)
     torch.manual_seed(0)
     device = torch.device(wanted.device)
-    kept = device.type == "cpu" and wanted.kind == "train" and wanted.how in ("fp32", "bf16")
+    kept = device.type == "cpu" and wanted.how in ("fp32", "bf16")  # As in training and scoring.
     try:
         step = make_step(PRESETS[wanted.preset](), wanted, published)
         with ExitStack() as stack:

@@ -1,11 +1,15 @@
-"""What a sweep costs beside its training: real sweeps of the sample dataset through the command line.
+"""What a sweep costs beside its training: real sweeps through the command line, against the same trainings without it.
 
-`long` trials of about a minute show the share of wall time that is not training; many short ones show what a trial
-costs by itself, and whether the driver grows with their number.
+Trials of about a minute show the share of wall time that is not training; many short ones show what a trial costs by
+itself, and whether the driver grows with their number.
+
+"Training alone" is `qafe.train.fit` on as many processes side by side as the sweep has workers, one thread each, with
+no Ray, Optuna, MLflow or checkpoint: trainings share caches and memory, and that is not the sweep's doing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -13,111 +17,193 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qafe.config import Config, override, tiny
+from qafe.data.cohort import load_cohort
 from qafe.data.sample import SampleConfig, make_sample
-from sweeps.plan import Plan
+from qafe.train import fit
+from sweeps.plan import Plan, sample_root
 from sweeps.progress import SECONDS
 from sweeps.study import open_study, own_trials
 
 from .rounds import Found, Row
 
 WORKERS = 2
-LONG_TRIALS, LONG_TRIAL_S = 4, 60
+LONG_TRIALS, LONG_TRIAL_S = 8, 60
 SHORT_TRIALS = 200
+EXPRESSION = "smile"
 QUICK = {
     "model.segments": 2,
     "model.segment_frames": 4,
     "train.batch_size": 4,
+    "train.epochs": 1,
     "train.warmup_epochs": 0,
     "data.repeats": 1,
 }
 
 
 class _Sweep:
-    """One sweep and what was seen of it."""
+    """One sweep and what was seen of it.
 
-    def __init__(self, folder: Path, data: Path, trials: int, epochs: int) -> None:
-        self.folder, self.trials = folder, trials
+    Attributes:
+        wall_s: the whole command.
+        trials_s: from the first trial on a worker to the end of the last trial.
+        report_s: from there to the end of the command.
+        cpu_s: of all processes of the command, Ray's included.
+        seconds: of training, as each trial counted it.
+        ended: when the trials ended, in order (time.time).
+    """
+
+    def __init__(self, folder: Path, data: Path, study: str, *flags: str) -> None:
         folder.mkdir()
-        line = [sys.executable, "-m", "sweeps.run", "fusion_search", "--storage", str(folder), "--name", "s"]
-        line += ["--data-root", str(data), "--trials", str(trials), "--scheduler", "none", "--sampler", "random"]
-        line += ["--json", str(folder / "summary.json")]
-        for name, value in (QUICK | {"train.epochs": epochs}).items():
-            line += ["--set", f"{name}={value}"]
+        cores = str(max(1, (os.cpu_count() or 1) // WORKERS))
+        line = [sys.executable, "-m", "sweeps.run", study, "--storage", str(folder), "--name", "s", *flags]
+        line += ["--data-root", str(data), "--expression", EXPRESSION, "--cpus-per-trial", cores]
         environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:////{str(folder / 'mlflow.db').lstrip('/')}"}
         self.memory_mb: list[tuple[float, float]] = []
+        used: dict[int, float] = {}
         with open(folder / "log", "wb") as log:
-            started = time.monotonic()
+            started = time.time()
             process = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
             while process.poll() is None:
                 try:
-                    held = psutil.Process(process.pid).memory_info().rss / 2**20
+                    driver = psutil.Process(process.pid)
+                    self.memory_mb.append((time.time() - started, driver.memory_info().rss / 2**20))
+                    for each in (driver, *driver.children(recursive=True)):
+                        with contextlib.suppress(psutil.Error):
+                            used[each.pid] = sum(each.cpu_times()[:2])
                 except psutil.Error:
                     break
-                self.memory_mb.append((time.monotonic() - started, held))
                 time.sleep(1)
         if process.wait():
             raise RuntimeError((folder / "log").read_text()[-2000:])
-        self.wall_s = float(json.loads((folder / "summary.json").read_text())["seconds"])
-        study = open_study(Plan.load(folder / "s"))
-        ended = own_trials(study)
-        self.seconds = [float(trial.user_attrs[SECONDS]) for trial in ended]
-        self.ended = sorted(trial.datetime_complete.timestamp() for trial in ended if trial.datetime_complete)
+        over = time.time()
+        entries = [json.loads(entry) for entry in (folder / "s" / "tracking.jsonl").read_text().splitlines()]
+        begun = min(entry["time"] for entry in entries if entry["kind"] == "trial") / 1000
+        self.ended = sorted(entry["time"] / 1000 for entry in entries if entry["kind"] == "trial_end")
+        self.cpu_s = sum(used.values())
+        self.wall_s, self.start_s = over - started, begun - started
+        self.trials_s, self.report_s = self.ended[-1] - begun, over - self.ended[-1]
+        self.seconds = [float(trial.user_attrs[SECONDS]) for trial in own_trials(open_study(Plan.load(folder / "s")))]
 
 
 def bench(short_trials: int = SHORT_TRIALS, long_trials: int = LONG_TRIALS, figure: Path | None = None) -> Found:
-    """Wall time of sweeps against the training in them; and the driver's memory over many trials."""
+    """Wall time of sweeps against the training in them; and the driver's memory over many trials.
+
+    Args:
+        short_trials, long_trials: how many; 0 leaves that part out.
+    """
+    found = Found([])
     with tempfile.TemporaryDirectory() as name:
-        data = make_sample(Path(name) / "data", SampleConfig(train_patients=8, test_patients=2, clips=2))
-        one = _Sweep(Path(name) / "probe", data, 2, 12)
-        epochs = max(1, round(LONG_TRIAL_S / (statistics.mean(one.seconds) / 12)))
-        long = _Sweep(Path(name) / "long", data, long_trials, epochs)
-        short = _Sweep(Path(name) / "short", data, short_trials, 1)
-    trained = sum(long.seconds) / WORKERS
-    rows = [
-        Row(
-            f"sweep of {long_trials} trials of {statistics.mean(long.seconds):.0f} s, {WORKERS} workers",
-            "sweep",
-            [long.wall_s],
-            [trained],
-            rival_name="its training alone",
-            notes=[f"wall over training: {long.wall_s / trained:.3f}, start and report included"],
+        if long_trials:
+            found.rows.append(_long(Path(name), long_trials))
+        else:
+            found.left_out.append("trials of a minute (--long-trials)")
+        if short_trials:
+            found.rows.append(_short(Path(name), short_trials, figure))
+        else:
+            found.left_out.append("short trials (--trials)")
+    return found
+
+
+def _long(folder: Path, trials: int) -> Row:
+    """Trials that differ in their seeds alone, so that all take as long; alone before and after the sweep."""
+    data = sample_root()
+    with ProcessPoolExecutor(WORKERS, get_context("spawn")) as alone:
+        list(alone.map(_train, [override(tiny(), {"train.epochs": 2})] * WORKERS, [data] * WORKERS))  # starts them
+        probe = _alone(alone, [override(tiny(), {"train.epochs": 3})] * WORKERS, data)
+        three = statistics.mean(wall for wall, _ in probe)
+        config = override(tiny(), {"train.epochs": max(3, round(3 * LONG_TRIAL_S / three))})
+        found = _alone(alone, [config] * WORKERS, data)
+        sweep = _Sweep(
+            folder / "long",
+            data,
+            "seed_noise",
+            *("--trials", str(trials), "--preset", "tiny", "--set", f"train.epochs={config.train.epochs}"),
         )
-    ]
-    each = [(b - a) * WORKERS for a, b in zip(short.ended, short.ended[1:], strict=False)]
-    fixed = [seconds - statistics.mean(short.seconds) for seconds in each]
-    third = len(each) // 3
-    memory = [held for _, held in short.memory_mb]
-    begun = len(memory) // 10
-    rows.append(
-        Row(
-            f"{short_trials} trials of {statistics.mean(short.seconds):.1f} s",
-            "trial",
-            [statistics.mean(each)],
-            [statistics.mean(short.seconds)],
-            rival_name="its training alone",
-            notes=[
-                f"beside its training a trial takes {statistics.mean(fixed[:third]):.2f} s in the first third of the "
-                f"sweep, {statistics.mean(fixed[-third:]):.2f} s in the last",
-                f"driver's memory: {memory[begun]:.0f} MB after a tenth, {memory[-begun - 1]:.0f} MB before the report",
-            ],
-        )
+        found += _alone(alone, [config] * WORKERS, data)
+    each, cpu = [wall for wall, _ in found], statistics.mean(cpu for _, cpu in found)
+    trained = statistics.mean(each) * trials / WORKERS
+    return Row(
+        f"sweep of {trials} trials of {statistics.mean(each):.0f} s ({config.train.epochs} epochs), {WORKERS} workers",
+        "sweep",
+        [sweep.wall_s],
+        [trained],
+        rival_name="its training alone",
+        notes=[
+            f"wall over training: {sweep.wall_s / trained:.3f} of the whole command, {sweep.trials_s / trained:.3f} "
+            "from the first trial's start to the last trial's end",
+            f"once a sweep: {sweep.start_s:.1f} s until a worker trains, {sweep.report_s:.1f} s for test and report",
+            f"beside its training a trial takes {(sweep.trials_s - trained) * WORKERS / trials:.2f} s, its "
+            f"{config.train.epochs} checkpoints included",
+            f"{sum(sweep.seconds) / WORKERS / sweep.trials_s:.3f} of its workers' time in that span is training",
+            f"CPU time: {sweep.cpu_s:.0f} s of the whole command, {cpu * trials:.0f} s of the trainings alone",
+            f"training alone: {min(each):.1f} to {max(each):.1f} s a trial, before and after the sweep",
+        ],
     )
+
+
+def _alone(pool: ProcessPoolExecutor, settings: Sequence[Config], data: Path) -> list[tuple[float, float]]:
+    """Seconds of each of these trainings, side by side: on the clock, and of the processor."""
+    return list(pool.map(_train, settings, [data] * len(settings)))
+
+
+def _train(config: Config, data: Path) -> tuple[float, float]:
+    torch.set_num_threads(1)
+    started, cpu = time.perf_counter(), time.process_time()
+    part = load_cohort(data, config.data).only(EXPRESSION)
+    for _ in fit(config, part.store, part.train, part.validation, device=torch.device("cpu")):
+        pass
+    return time.perf_counter() - started, time.process_time() - cpu
+
+
+def _short(folder: Path, trials: int, figure: Path | None) -> Row:
+    data = make_sample(folder / "data", SampleConfig(train_patients=8, test_patients=2, clips=2))
+    settings = [flag for name, value in QUICK.items() for flag in ("--set", f"{name}={value}")]
+    sweep = _Sweep(
+        folder / "short",
+        data,
+        "fusion_search",
+        *("--trials", str(trials), "--preset", "tiny", "--scheduler", "none", "--sampler", "random", *settings),
+    )
+    each = [(b - a) * WORKERS for a, b in zip(sweep.ended, sweep.ended[1:], strict=False)]
+    fixed = [seconds - statistics.mean(sweep.seconds) for seconds in each]
+    third = len(each) // 3
+    trained_mb = [held for at, held in sweep.memory_mb if sweep.start_s < at < sweep.start_s + sweep.trials_s]
+    begun = len(trained_mb) // 10
     if figure is not None:
-        _draw(short, each, figure)
-    return Found(rows)
+        _draw(sweep, each, figure)
+    return Row(
+        f"{trials} trials of {statistics.mean(sweep.seconds):.1f} s",
+        "trial",
+        [statistics.mean(each)],
+        [statistics.mean(sweep.seconds)],
+        rival_name="its training in the sweep",
+        notes=[
+            f"beside its training a trial takes {statistics.mean(fixed[:third]):.2f} s in the first third of the "
+            f"sweep, {statistics.mean(fixed[-third:]):.2f} s in the last",
+            f"driver's memory: {trained_mb[begun]:.0f} MB after a tenth of the trials, {trained_mb[-1]:.0f} MB at "
+            "their end",
+        ],
+    )
 
 
 def _draw(sweep: _Sweep, each: list[float], file: Path) -> None:
     picture = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = picture.subplots(1, 2)
     left.plot(*zip(*sweep.memory_mb, strict=True))
-    left.set(xlabel="seconds", ylabel="driver's memory (MB)", ylim=(0, None))
+    for at in (sweep.start_s, sweep.start_s + sweep.trials_s):
+        left.axvline(at, color="grey", linestyle=":")
+    left.set(xlabel="seconds (between the lines: trials)", ylabel="driver's memory (MB)", ylim=(0, None))
     right.plot(range(2, len(each) + 2), each, ".")
     right.set(xlabel="trial", ylabel=f"seconds a trial ({WORKERS} workers)", ylim=(0, None))
     FigureCanvasAgg(picture)

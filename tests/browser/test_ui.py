@@ -22,5 +22,5 @@ def test_the_ui_shows_trials_report_figures_comparison_and_champion(sample_root:
         assert command(sweep, "tracking.registry", *line).returncode == 0
     with server(tmp_path, free_port()) as uri:
         taken = take_all(uri, tmp_path / "screens")
-    assert [path.stem for path in taken] == ["experiment", "report", "trial", "compare", "registry"]
-    assert all(path.stat().st_size > 20_000 for path in taken)
+    assert [path.stem for path in taken] == ["experiment", "report", "parallel", "trial", "compare", "registry"]
+    assert all(path.stat().st_size < 250_000 for path in taken)

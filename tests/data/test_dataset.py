@@ -1,6 +1,7 @@
 """qafe/data/dataset.py: the two streams agree, and nothing but seed, epoch and index decides a clip."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from qafe.config import PRESETS, Config, HeatmapConfig, flatten, override, tiny
-from qafe.data import dataset as module
 from qafe.data.dataset import Clip, ClipBatch, ClipDataset, collate, load_clip, model_inputs
+from qafe.data.frames import RGB_MEAN, RGB_STD, Crop, pixels
 from qafe.data.manifest import Sample, read_manifest
 from qafe.errors import ManifestError
 from qafe.store import Store
@@ -62,8 +63,8 @@ def test_published_test_transform() -> None:
     fine = u("loader.frames.fine", (2, 256, 256, 3))
     frames = np.floor(np.float32(255) * (np.float32(0.7) * coarse + np.float32(0.3) * fine)).astype(np.uint8)
     golden = reference.arrays("golden_loader")
-    crop = module._cropped(frames, False, (16, 16), 224)
-    batch = ClipBatch(crop[None], torch.zeros(1, 2, 72, 2), None, torch.tensor([[4, 4]]), torch.zeros(1), [])
+    crop = Crop(frames, range(2), (16, 16), 224, flip=False)
+    batch = ClipBatch([crop], torch.zeros(1, 2, 72, 2), None, torch.tensor([[4, 4]]), torch.zeros(1), [])
     rgb, _ = model_inputs(batch, Config())
     np.testing.assert_allclose(rgb[0, :, :, ::8, ::8].numpy(), golden["rgb_test"], atol=1e-6)
     np.testing.assert_allclose(rgb[0].double().sum((2, 3)).numpy(), golden["rgb_test_full_sum"], rtol=1e-5, atol=0.05)
@@ -82,9 +83,9 @@ def test_published_rendered_heatmaps(tmp_path: Path) -> None:
         data = cv2.imencode(".png", frame[..., ::-1])[1].tobytes()
         (folder / f"img_{number + 1:05d}.jpg").write_bytes(data)
     maps = Store(tmp_path).read_rendered_heatmaps("P", "v", [0, 1], 64)
-    crop = module._cropped(maps, False, (4, 4), 56)
+    crop = pixels([Crop(maps, range(2), (4, 4), 56, flip=False)])
     batch = ClipBatch(
-        torch.zeros(1, 2, 224, 224, 3, dtype=torch.uint8), None, crop[None], torch.tensor([[4, 4]]), torch.zeros(1), []
+        torch.zeros(1, 2, 224, 224, 3, dtype=torch.uint8), None, crop, torch.tensor([[4, 4]]), torch.zeros(1), []
     )
     _, got = model_inputs(batch, Config())
     np.testing.assert_allclose(got[0].numpy(), reference.arrays("golden_loader")["heatmap_test"], atol=1e-6)
@@ -149,6 +150,19 @@ def test_flips_are_there_and_are_left_right(tmp_path: Path) -> None:
     assert mirrored.points is not None
     torch.testing.assert_close(still.data.heatmap.canvas_px - 1 - plain.points[..., 0], mirrored.points[..., 0])
     torch.testing.assert_close(plain.points[..., 1], mirrored.points[..., 1])
+
+
+def test_frames_in_their_videos_and_copied_ones_are_normalised_alike(store: Store) -> None:
+    clips = dataset(store, override(TINY, {"data.augment.flip": 0.5}))
+    batch = collate([clips[index] for index in range(len(clips))])
+    assert isinstance(batch.frames, list)
+    assert {crop.flip for crop in batch.frames} == {True, False}
+    copied = replace(batch, frames=batch.rgb)
+    inside, outside = (model_inputs(one, TINY)[0] for one in (batch, copied))
+    assert torch.equal(inside, outside)
+    mean, deviation = (torch.tensor(values).view(3, 1, 1, 1) for values in (RGB_MEAN, RGB_STD))
+    expected = (batch.rgb.permute(0, 4, 1, 2, 3) / 255 - mean) / deviation
+    torch.testing.assert_close(inside, expected, atol=1e-6, rtol=0)
 
 
 def test_seed_epoch_and_index_decide(store: Store) -> None:

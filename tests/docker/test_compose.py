@@ -1,5 +1,6 @@
 """docker/: what its files promise, and (pytest -m docker) the stack built and run for real."""
 
+import base64
 import configparser
 import fnmatch
 import json
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 FILES = ROOT / "docker"
 IMAGE = "qafe-net:test"
 SWEEP = "docker-test"
+PASSWORD = "a-password-for-tests"
 
 
 def compose_file(name: str = "compose.yaml") -> dict[str, Any]:
@@ -59,6 +61,14 @@ def test_the_server_answers_to_the_name_that_the_sweep_calls() -> None:
     for name in (called, "localhost:5000", "127.0.0.1:49152"):
         assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
     assert not any(fnmatch.fnmatch("elsewhere.example:5000", pattern) for pattern in patterns)
+
+
+def test_the_server_asks_for_the_password_that_the_sweep_gives() -> None:
+    services = compose_file()["services"]
+    assert "--auth" in services["tracking"]["command"]
+    password = services["tracking"]["environment"]["MLFLOW_AUTH_ADMIN_PASSWORD"]
+    assert password == services["sweep"]["environment"]["MLFLOW_TRACKING_PASSWORD"]
+    assert password.startswith("${QAFE_PASSWORD:?")  # no password of everybody's
 
 
 def test_data_and_key_are_the_sweeps_alone() -> None:
@@ -143,7 +153,7 @@ def stack() -> Iterator[Stack]:
     port = _free_port()
     arguments = f"--trials 2 --set train.epochs=2 --name {SWEEP}"
     environment = {name: value for name, value in os.environ.items() if name not in ("STUDY", "QAFE_DATA", "QAFE_SHM")}
-    environment |= {"QAFE_IMAGE": IMAGE, "QAFE_PORT": str(port), "ARGS": arguments}
+    environment |= {"QAFE_PASSWORD": PASSWORD, "QAFE_IMAGE": IMAGE, "QAFE_PORT": str(port), "ARGS": arguments}
     project = f"qafe-test-{secrets.token_hex(4)}"
     stack = Stack(
         compose=[*command, "-f", str(FILES / "compose.yaml"), "-p", project],
@@ -154,7 +164,10 @@ def stack() -> Iterator[Stack]:
         stack("build", "tracking")
         stack("up", "-d", "tracking")
         stack("run", "--rm", "-T", "sweep")
-        yield stack
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+            patch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+            yield stack
     finally:
         stack("down", "-v", check=False)
 
@@ -203,6 +216,8 @@ def test_the_server_answers_only_to_its_names(stack: Stack, host: str, status: i
     request = urllib.request.Request(
         f"{stack.url}/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": host}
     )
+    assert _status(request) == (401 if status == 200 else status)
+    request.add_header("Authorization", "Basic " + base64.b64encode(f"admin:{PASSWORD}".encode()).decode())
     assert _status(request) == status
 
 

@@ -7,7 +7,8 @@ import optuna
 
 from qafe.config import Config, tiny, to_json
 from sweeps.plan import Plan
-from sweeps.searcher import OBJECTIVE, StudySearcher
+from sweeps.results import OBJECTIVE
+from sweeps.searcher import StudySearcher
 from sweeps.sweep import Suggester, Sweep
 
 

@@ -27,7 +27,8 @@ from sweeps.callbacks import StopWhenAsked
 from sweeps.control import PAUSE, STOP, Control
 from sweeps.folder import LOCK_FILE
 from sweeps.plan import Plan
-from sweeps.searcher import OBJECTIVE, Pause, StudyScheduler, StudySearcher
+from sweeps.results import OBJECTIVE
+from sweeps.searcher import Pause, StudyScheduler, StudySearcher
 from sweeps.studies import STUDIES
 from sweeps.study import own_trials, read_study
 from tests.sweeps.test_status import half_done, make_sweep, result

@@ -16,9 +16,10 @@ from sweeps.calibration import Timing
 from sweeps.estimate import Cost, calibrate, describe_space, draw_configs, simulate
 from sweeps.plan import Plan, draft_plan
 from sweeps.progress import SECONDS
+from sweeps.results import OBJECTIVE
 from sweeps.room import fitting, side_by_side, surely_fits, with_half_the_batch
 from sweeps.run import _parser, main
-from sweeps.searcher import OBJECTIVE, StudySearcher, budget_used
+from sweeps.searcher import StudySearcher, budget_used
 from sweeps.studies import STUDIES
 from sweeps.study import BASELINE, PRUNERS
 from sweeps.trial import TrialPlan, _as_fits

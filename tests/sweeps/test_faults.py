@@ -24,7 +24,7 @@ from qafe.data.cohort import load_cohort
 from qafe.train import STATE_FILE, fit
 from sweeps import checkpoints
 from sweeps.plan import Plan
-from sweeps.searcher import OBJECTIVE
+from sweeps.results import OBJECTIVE
 from sweeps.study import FAILURE, open_study, own_trials
 from sweeps.trial import CONFIG_FILE
 from tests.sweeps.running import ROOT, Sweep, workers_of

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from qafe.config import override, tiny
-from sweeps.searcher import DIVERGED, FAILED_AS, StudySearcher
+from sweeps.results import DIVERGED, FAILED_AS
+from sweeps.searcher import StudySearcher
 from sweeps.studies import STUDIES
 from sweeps.study import SAMPLERS
 from sweeps.sweep import Suggester, Sweep

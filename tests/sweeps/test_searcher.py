@@ -9,7 +9,8 @@ from ray.tune.search import Searcher
 from qafe.config import PRESETS, flatten, override, tiny
 from qafe.errors import ConfigError
 from sweeps.plan import Plan
-from sweeps.searcher import OBJECTIVE, StudySearcher
+from sweeps.results import OBJECTIVE
+from sweeps.searcher import StudySearcher
 from sweeps.studies import STUDIES, find_study
 from sweeps.study import FAILURE, open_study, running_trials
 from tests.sweeps.plans import ask, plan_in, result
@@ -35,6 +36,20 @@ def test_the_presets_own_settings_come_first(searcher: StudySearcher) -> None:
     assert {"model.fusion.layers", "data.heatmap.sigma_px"} <= set(first["settings"])
     second = searcher.suggest("b")
     assert second["settings"] != first["settings"]
+
+
+def test_workers_start_side_by_side_and_then_one_trial_waits(plan: Plan) -> None:
+    searcher = StudySearcher(plan, STUDY, places=3)
+    assert [searcher.suggest(name)["number"] for name in "abc"] == [0, 1, 2]
+    assert searcher.suggest("d") is None, "three are on their way to three places"
+    for name in "abc":
+        searcher.placed(name)
+    assert searcher.suggest("d")["number"] == 3
+    assert searcher.suggest("e") is None, "d is not placed yet"
+    searcher.on_trial_complete("a", result(1, 0.5, finished=True))
+    assert searcher.suggest("e") is None, "a's place is for d"
+    searcher.placed("d")
+    assert searcher.suggest("e")["number"] == 4
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -24,7 +24,8 @@ from sweeps.control import PAUSE, Control
 from sweeps.folder import LOCK_FILE, REPORT_FOLDER, SUMMARY_FILE, find_sweep
 from sweeps.plan import Plan
 from sweeps.progress import Pace, changed_settings, duration, time_left_s
-from sweeps.searcher import OBJECTIVE, StudySearcher
+from sweeps.results import OBJECTIVE
+from sweeps.searcher import StudySearcher
 from sweeps.studies import STUDIES
 from sweeps.study import read_study
 

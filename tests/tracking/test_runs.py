@@ -108,6 +108,10 @@ def test_a_sweep_becomes_a_parent_and_its_children(
         "checkpoint/smile.safetensors",
         "figures/predicted_against_true.png",
         "figures/spearman_over_epochs.png",
+        "figures/confusion.png",
+        "figures/residuals_per_patient.png",
+        "figures/example_heatmap.png",
+        "figures/fusion_attention.png",
     } <= names
     assert configs.from_json((folder / "config.json").read_text())
     with open(folder / "predictions.csv") as table:

@@ -1,0 +1,92 @@
+"""Frames of a clip on their way from a video to what the RGB encoder reads: flipped, cropped, normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ..store import Frames
+
+RGB_MEAN = (0.485, 0.456, 0.406)
+RGB_STD = (0.229, 0.224, 0.225)
+"""ImageNet's, as published."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Crop:
+    """The frames of a clip, still inside their video: what is flipped and cropped is copied when it is read."""
+
+    video: Frames
+    """[N,H,W,3]; may be mapped from the frame cache."""
+    indices: Sequence[int]
+    """T frames of the video."""
+    offset: tuple[int, int]
+    """(top, left) of the crop in the flipped frame, in pixels."""
+    side: int
+    flip: bool
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, number: int, out: Frames) -> None:
+        """Copies one frame of the clip, flipped and then cropped, to [side,side,3]."""
+        top, left = self.offset
+        if self.flip:  # A crop of the mirrored frame is the mirror of a crop from the other side.
+            left = self.video.shape[2] - left - self.side
+        crop = self.video[self.indices[number], top : top + self.side, left : left + self.side]
+        if self.flip:
+            cv2.flip(crop, 1, dst=out)
+        else:
+            out[:] = crop
+
+
+def pixels(crops: Sequence[Crop]) -> UInt8[Tensor, "B T side side 3"]:
+    """All frames of some clips of one size, copied out of their videos."""
+    first = crops[0]
+    copied = np.empty((len(crops), len(first), first.side, first.side, 3), np.uint8)
+    for crop, clip in zip(crops, copied, strict=True):
+        for number, out in enumerate(clip):
+            crop.read(number, out)
+    return torch.from_numpy(copied)
+
+
+def normalised(clips: UInt8[Tensor, "B T H W 3"] | Sequence[Crop]) -> Float[Tensor, "B 3 T H W"]:
+    """(rgb / 255 - mean) / deviation as one multiply-add, on the frames' device.
+
+    On a CPU a frame at a time, which its caches hold, and straight from the video where the frames are still there:
+    two thirds of the time of a copy of the clip first. In memory colours lie side by side, as they are stored.
+    """
+    if isinstance(clips, Tensor):
+        shape, device = clips.shape, clips.device
+        rows = clips.flatten(0, 1).flatten(2)  # BT H W3: colours by themselves would be short rows, and slow.
+        given = iter(rows) if device.type == "cpu" else iter([rows])
+    else:
+        side = clips[0].side
+        shape, device = torch.Size((len(clips), len(clips[0]), side, side, 3)), torch.device("cpu")
+        given = _one_by_one(clips)
+    mean, deviation = np.array(RGB_MEAN), np.array(RGB_STD)
+    scale, shift = (
+        torch.tensor(values, dtype=torch.float32, device=device).repeat(shape[3])
+        for values in (1 / (255 * deviation), -mean / deviation)
+    )
+    out = torch.empty(shape, device=device)
+    rows = out.flatten(0, 1).flatten(2)
+    for levels, place in zip(given, rows if device.type == "cpu" else [rows], strict=True):
+        torch.addcmul(shift, place.copy_(levels), scale, out=place)
+    return out.permute(0, 4, 1, 2, 3)
+
+
+def _one_by_one(crops: Sequence[Crop]) -> Iterator[UInt8[Tensor, "H W3"]]:
+    """Each frame of each clip; the next takes its place in memory."""
+    frame = np.empty((crops[0].side, crops[0].side, 3), np.uint8)
+    row = torch.from_numpy(frame).flatten(1)
+    for crop in crops:
+        for number in range(len(crop)):
+            crop.read(number, frame)
+            yield row
