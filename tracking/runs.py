@@ -72,7 +72,7 @@ def sweep_runs(client: MlflowClient, sweep: str) -> list[Run]:
     runs = search_sweep(client, SWEEP_TAG, sweep) or search_sweep(client, SWEEP_ID_TAG, sweep)
     if not runs:
         raise TrackingError(
-            f"a sweep must be in the tracking store, {sweep!r} is not in {masked(client.tracking_uri)}. "
+            f"a sweep must be in the tracking store {masked(client.tracking_uri)}, got {sweep!r}. "
             "See the qafe.sweep tags in the MLflow UI."
         )
     ids = sorted({run.data.tags.get(SWEEP_ID_TAG, "") for run in runs})

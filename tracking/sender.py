@@ -141,7 +141,12 @@ class Sender:
                 if not refusal(err):
                     raise
                 client.search_experiments(max_results=1)  # a sick database refuses all: then this raises, too
-                self._set_aside(entry, err)
+                try:  # two sweeps that make the same thing at once: one of them is refused, once
+                    self._handle(client, entry)
+                except Exception as again:
+                    if not refusal(again):
+                        raise
+                    self._set_aside(entry, again)
 
     def _handle(self, client: MlflowClient, entry: Entry) -> None:
         self._handlers[entry["kind"]](client, self._guard_of_sweep().entry(entry))

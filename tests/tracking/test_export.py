@@ -148,7 +148,7 @@ def test_what_cannot_be_done_is_said_in_one_line(
     (tmp_path / "sweep.json").write_text(json.dumps({"format": 99}))
     for line, words in (
         (["s-1", str(exported)], "into a new or empty folder"),
-        (["s-9", str(tmp_path / "new")], "'s-9' is not in"),
+        (["s-9", str(tmp_path / "new")], "got 's-9'"),
         (["import", str(tmp_path)], "format 99"),
         (["import", str(tmp_path / "nowhere")], "can be imported"),
     ):

@@ -195,6 +195,27 @@ def test_what_the_server_cannot_take_now_waits(tmp_path: Path, counting: Countin
     assert len(steps_of(embedded(tmp_path), runs_of(embedded(tmp_path))["s-1-001"])) == 5
 
 
+def test_what_two_sweeps_make_at_once_is_tried_again_and_not_set_aside(
+    tmp_path: Path, counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server answers the slower of two that log one new dataset with 400."""
+    log_inputs = counting.client.log_inputs
+    failures = [MlflowException("UNIQUE constraint failed: datasets", error_code=BAD_REQUEST)]
+
+    def slower(*arguments: Any, **named: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return log_inputs(*arguments, **named)
+
+    monkeypatch.setattr(counting.client, "log_inputs", slower)
+    sender = Sender(Spool(spooled(tmp_path, embedded(tmp_path))))
+    sender.send_all()
+    assert sender.spool.refused() == []
+    runs = runs_of(embedded(tmp_path))
+    assert all(run.inputs.dataset_inputs for run in runs.values())
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
 def test_a_run_that_was_made_twice_is_kept_once(
     tmp_path: Path, counting: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
