@@ -74,7 +74,7 @@ def test_a_trials_worker_loads_only_what_a_trial_needs() -> None:
         "import sys, sweeps.trial; print([name for name in ('mlflow', 'matplotlib', 'plotly') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert done.stdout.strip() == "[]"
 
 
 def test_nothing_says_nothing_in_its_name() -> None:

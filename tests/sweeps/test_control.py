@@ -208,7 +208,9 @@ def test_a_paused_driver_notices_within_two_seconds_and_sleeps_meanwhile(
     threading.Timer(2.0, lambda: control.wish("stop-0")).start()
     threading.Timer(4.0, wish).start()
     used, began = time.process_time(), time.monotonic()
-    driver._run_and_pause(steered.plan, steered.searcher, tracker, control, began + (4.0 if ending == "budget" else 99))
+    deadline = began + (4.0 if ending == "budget" else 99)
+    cohort: Any = None  # only trials that start are asked for their split
+    driver._run_and_pause(steered.plan, cohort, steered.searcher, tracker, control, deadline)
     waited = (rounds[1] if ending == "continue" else time.monotonic()) - began
     assert 4.0 <= waited < 6.0
     assert time.process_time() - used < 1.0
