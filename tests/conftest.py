@@ -1,5 +1,6 @@
 """What all tests share: nothing of the user's is read or written, and a small generated dataset."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,3 +53,13 @@ def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick() -> Config:
     """The tiny preset with clips of 8 frames and 3 epochs."""
     return override(tiny(), QUICK)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What a test's commands set for their process (`sweeps.run` sets how Ray starts) is gone after it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

@@ -237,7 +237,7 @@ def steer(sweep: Sweep, command: str, *flags: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_real_sweep_rests_and_goes_on_as_if_nothing_had_been(
     sample_root: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]]
 ) -> None:
@@ -304,7 +304,7 @@ def test_a_real_sweep_rests_and_goes_on_as_if_nothing_had_been(
     assert trials[0].value == sweep.summary["best"][OBJECTIVE] or sweep.summary["best"]["trial"] != 0
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_stop_ends_a_real_sweep_as_ctrl_c_does(
     sample_root: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]]
 ) -> None:

@@ -1,4 +1,4 @@
-"""A tracking server that is stopped for a minute and killed once, in the middle of a sweep. ``pytest -m faults``"""
+"""A tracking server that is stopped for a minute and killed once, in the middle of a sweep."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from tests.sweeps.running import Sweep
 from tests.tracking.stores import free_port, server
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 AWAY_S = 60
 FLAGS = ["--trials", "3", "--scheduler", "none", "--cpus-per-trial", "1"]

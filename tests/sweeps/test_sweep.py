@@ -162,7 +162,7 @@ def test_registry_mistakes_get_one_line(champion: Sweep, line: list[str], words:
     assert words in refused.stderr
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_killed_worker_costs_nothing(sample_root: Path, tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, sample_root, "--trials", "2", "--set", "train.epochs=30", "--cpus-per-trial", "1")
     process = sweep.start()

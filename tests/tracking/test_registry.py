@@ -77,7 +77,7 @@ def test_a_failure_to_log_the_model_leaves_the_trial_as_it_ended(store: MlflowCl
 
 
 def test_a_name_that_two_sweeps_have_is_refused(store: MlflowClient, logged: list[Run]) -> None:
-    with pytest.raises(TrackingError, match=r"2 have the name twice .* anna, ben"):
+    with pytest.raises(TrackingError, match=r"2 have the name twice\. .*: anna, ben"):
         register(store, "twice")
     with pytest.raises(Stopped):
         register(store, "ben")
