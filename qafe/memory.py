@@ -7,11 +7,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
 _KEEP = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}
 """glibc's mallopt(3) parameters: no mapping of its own for a large block, and no giving back of the heap's end (-1:
 however much of it is free; a backward pass leaves more than the largest number that mallopt takes)."""
+_MAPPED_BYTES, _USUAL_BYTES = 8 * 2**20, 32 * 2**20
+"""From which size on a block gets a mapping of its own; the second is where glibc's own moving bound comes to rest in
+a process with large tensors."""
 
 _lock = threading.Lock()
 _inside = 0
@@ -45,6 +48,24 @@ def freed_memory_kept(wanted: bool = True) -> Iterator[None]:
                 for parameter, value in _DEFAULTS.items():
                     libc.mallopt(parameter, value)
                 libc.malloc_trim(0)
+
+
+@contextmanager
+def freed_memory_returned(wanted: bool = True) -> Iterator[None]:
+    """Within the block, a large block goes back to the system when it is freed, and leaves no hole in the heap.
+
+    For who lacks memory: a checkpointed training step of the `paper` preset holds a third less, and takes longer.
+    Does nothing where the C library is not glibc.
+    """
+    libc = _glibc() if wanted else None
+    if libc is None:
+        yield
+        return
+    libc.mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, _USUAL_BYTES)
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -31,7 +31,7 @@ from .data.manifest import Sample
 from .distributed import ALONE, Ranks, Shares, gradients_summed, local_rank, take_compile_cache
 from .errors import CheckpointError, ConfigError, ManifestError, QafeError
 from .losses import BATCH_LOSSES, build_loss
-from .memory import freed_memory_kept
+from .memory import freed_memory_kept, freed_memory_returned
 from .model import weights
 from .model.attention import Maps, attention_read, mean_maps
 from .model.batchnorm import set_counted, statistics_kept, synchronise
@@ -205,7 +205,8 @@ class _Run:
         training = _loader(self.train_set, batches, self.config, self.device, self.ranks)
         validation = _evaluation_loader(self.validation_set, self.config, self.device, self.ranks)
         # Recomputing activations is the choice of who lacks memory, and keeping what is freed costs some.
-        with freed_memory_kept(self.device.type == "cpu" and not self.config.train.checkpoint):
+        on_cpu, lean = self.device.type == "cpu", self.config.train.checkpoint
+        with freed_memory_kept(on_cpu and not lean), freed_memory_returned(on_cpu and lean):
             while self.epoch < self.config.train.epochs:
                 yield self._next_epoch(batches, training, validation)
 

@@ -21,7 +21,7 @@ import json, resource, sys, torch
 from qafe.config import PRESETS, override
 from qafe.footprint import resident_bytes
 from qafe.losses import build_loss
-from qafe.memory import freed_memory_kept
+from qafe.memory import freed_memory_kept, freed_memory_returned
 from qafe.model.qafenet import build
 from qafe.train import build_optimizer
 import copy
@@ -32,7 +32,7 @@ loss = build_loss(config.train, torch.arange(5.0))
 optimizer = build_optimizer(config.train, list(model.parameters()))
 B, T = config.train.batch_size, config.model.clip_frames
 S, s, C = config.model.rgb.size_px, config.model.heatmap.size_px, config.data.heatmap.channels
-with freed_memory_kept(not config.train.checkpoint):
+with freed_memory_kept(not config.train.checkpoint), freed_memory_returned(config.train.checkpoint):
     for _ in range(2):
         loss(model(torch.rand(B, 3, T, S, S), torch.rand(B, C, T, s, s)), torch.rand(B)).backward()
         optimizer.step(); optimizer.zero_grad()

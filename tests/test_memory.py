@@ -39,6 +39,30 @@ def test_a_freed_block_is_used_again_without_page_faults() -> None:
     assert after > inside + outside / 10
 
 
+@pytest.mark.skipif(not HAS_GLIBC, reason="the C library is not glibc")
+def test_a_large_block_goes_back_at_once() -> None:
+    code = """
+import psutil, torch
+from qafe.memory import freed_memory_returned
+
+def left_mb():
+    before = psutil.Process().memory_info().rss
+    blocks = [torch.ones(16 * 2**20 // 4) for _ in range(16)]
+    small = [torch.ones(2**18) for _ in range(2)]  # at the heap's end: what is below cannot go back
+    del blocks
+    return (psutil.Process().memory_info().rss - before) / 2**20, small
+
+left_mb()  # moves glibc's own bound
+without, kept = left_mb()
+with freed_memory_returned():
+    within, kept = left_mb()
+print(without, within)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    without, within = map(float, done.stdout.split())
+    assert within < 16 < without
+
+
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_glibc", lambda: None)
     with freed_memory_kept():

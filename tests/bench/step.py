@@ -157,7 +157,7 @@ def measure(wanted: Measurement, published: Path | None = None) -> dict[str, flo
     from torch.utils import benchmark
 
     from qafe.config import PRESETS
-    from qafe.memory import freed_memory_kept
+    from qafe.memory import freed_memory_kept, freed_memory_returned
 
     torch.set_num_threads(wanted.threads)
     torch.manual_seed(0)
@@ -167,6 +167,7 @@ def measure(wanted: Measurement, published: Path | None = None) -> dict[str, flo
         step = make_step(PRESETS[wanted.preset](), wanted, published)
         with ExitStack() as stack:
             stack.enter_context(freed_memory_kept(kept))
+            stack.enter_context(freed_memory_returned(device.type == "cpu" and wanted.how == "checkpoint"))
             # Memory that is kept has its final extent after two steps; a GPU's first ones choose kernels, or compile.
             for _ in range(3 if device.type == "cuda" else 1 + kept):
                 step()
