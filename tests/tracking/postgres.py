@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -54,7 +55,7 @@ def postgres() -> Iterator[str]:
         yield f"postgresql://qafe@127.0.0.1:{port}/mlflow"
     finally:
         if process:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # at once; with SIGTERM it waits for clients
             process.wait(timeout=30)
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
