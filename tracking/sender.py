@@ -191,7 +191,7 @@ class Sender:
         self.spool.set_aside(entry | {"refused": str(err)})
         if not self._said_refused:
             self._said_refused = True
-            logger.warning("the tracking server refuses something (%s): %s", self.spool.refused_path, str(err)[:200])
+            logger.warning("the tracking server refuses something (%s): %s", self.spool.refused_path, masked(str(err))[:200])
 
     def _items(self, entry: Entry) -> list[Item]:
         """What an entry of metrics, params or tags holds, guarded."""
@@ -232,7 +232,7 @@ class Sender:
         except Exception as err:
             raise TrackingError(
                 f"the tracking server must take a sweep's {kind} entry, got {type(err).__name__} from "
-                f"{masked(self._opening()['uri'])}: {str(err)[:200]}. The entry is kept in {self.spool.path}."
+                f"{masked(self._opening()['uri'])}: {masked(str(err))[:200]}. The entry is kept in {self.spool.path}."
             ) from err
 
     def _run_id(self, client: MlflowClient, trial: str, entry: Entry | None = None) -> str:

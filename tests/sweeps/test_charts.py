@@ -133,7 +133,8 @@ def test_the_study_knows_where_its_trials_ran(monkeypatch: pytest.MonkeyPatch) -
     ran = SimpleNamespace(config={"number": 0}, trial_id="t")
     for worker, moments in (("node:1", (1010.0, 1015.0, 1060.0)), ("node:2", (1100.0,))):
         callback.on_trial_start(0, [], ran)  # type: ignore[arg-type]
-        for now[0] in moments:
+        for moment in moments:
+            now[0] = moment
             callback.on_trial_result(0, [], ran, {"worker": worker})  # type: ignore[arg-type]
     assert notes == [
         [["node:1", 1000.0, 1010.0]],
