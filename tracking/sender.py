@@ -191,7 +191,8 @@ class Sender:
         self.spool.set_aside(entry | {"refused": str(err)})
         if not self._said_refused:
             self._said_refused = True
-            logger.warning("the tracking server refuses something (%s): %s", self.spool.refused_path, masked(str(err))[:200])
+            refusal = masked(str(err))[:200]
+            logger.warning("the tracking server refuses something (%s): %s", self.spool.refused_path, refusal)
 
     def _items(self, entry: Entry) -> list[Item]:
         """What an entry of metrics, params or tags holds, guarded."""
