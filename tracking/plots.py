@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from qafe import metrics
 from qafe.config import Config
+from qafe.data.drawn_face import SIZE_PX
 from qafe.data.heatmap import draw
-from qafe.data.sample import SIZE_PX, SampleConfig, make_clip
+from qafe.data.sample import SampleConfig, make_clip
 from qafe.history import ExpressionHistory, History
 from qafe.markup import ALL_COUNT, columns
 

@@ -12,9 +12,8 @@ import pytest
 
 from qafe import metrics
 from qafe.config import EXPRESSIONS
-from qafe.data import sample
 from qafe.data.manifest import read_manifest
-from qafe.data.sample import Clip, SampleConfig, make_clip, make_sample, render, severities
+from qafe.data.sample import Clip, SampleConfig, make_clip, make_sample, severities
 from qafe.data.splits import split_validation
 from qafe.errors import ConfigError, ManifestError
 from qafe.store import Store
@@ -48,8 +47,8 @@ def test_layout_is_that_of_a_prepared_dataset(small: Path) -> None:
         assert points is not None
         assert points.shape == (video.frames, 106, 2)
         assert points.min() > 0
-        assert points.max() < sample.SIZE_PX
-        assert store.frame_shape(video.patient, video.video) == (sample.SIZE_PX, sample.SIZE_PX)
+        assert points.max() < SIZE_PX
+        assert store.frame_shape(video.patient, video.video) == (SIZE_PX, SIZE_PX)
 
 
 def test_same_seed_same_bytes_whatever_the_workers(small: Path, tmp_path: Path) -> None:
@@ -95,7 +94,7 @@ def test_settings_are_checked(wrong: dict[str, object]) -> None:
 
 def test_every_landmark_has_its_own_place_on_the_face() -> None:
     # Only the two pupils are given twice (34 and 38, 88 and 92).
-    assert len(set(sample.LANDMARK_COLUMNS.tolist())) == 104
+    assert len(set(LANDMARK_COLUMNS.tolist())) == 104
 
 
 def test_landmarks_lie_on_the_picture() -> None:
@@ -104,7 +103,7 @@ def test_landmarks_lie_on_the_picture() -> None:
     checked = 0
     for patient in range(6):
         clip = make_clip(config, patient, 1, 0, 3.0)
-        frames = render(clip)
+        frames = clip.render()
         for image, points in zip(frames[::10], clip.landmarks[::10], strict=True):
             grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(float)
             for pupil, top, bottom in ((34, 40, 33), (88, 94, 87)):
