@@ -12,6 +12,7 @@ import pytest
 
 from qafe import metrics
 from qafe.config import EXPRESSIONS
+from qafe.data.drawn_face import LANDMARK_COLUMNS, SIZE_PX
 from qafe.data.manifest import read_manifest
 from qafe.data.sample import Clip, SampleConfig, make_clip, make_sample, severities
 from qafe.data.splits import split_validation
