@@ -23,7 +23,7 @@ import torch
 from qafe import config as configs
 from qafe import console
 from qafe.config import PRESETS, Config
-from qafe.data.cohort import Cohort, choose_expressions, load_cohort
+from qafe.data.cohort import Cohort, choose_expressions, load_cohort, split_cohort
 from qafe.data.sample import VERSION, make_sample
 from qafe.errors import ConfigError
 from qafe.train import amp_dtype, fit
@@ -200,7 +200,7 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
     splits = {configs.override(config, point).data.split_seed for point in sweep.points(config, pinned)}
     for split, expression in itertools.product(sorted(splits), expressions):
         settings_of = configs.override(config, {"data.split_seed": split})
-        part = load_cohort(data_root, settings_of.data).only(expression)
+        part = split_cohort(cohort.store, cohort.manifest, settings_of.data).only(expression)
         # Checks all that it needs, and is not asked for an epoch.
         fit(settings_of, part.store, part.train, part.validation, device=torch.device("cpu"))
     baseline_bytes = 0

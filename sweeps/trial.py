@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gc
 import os
 import platform
@@ -35,9 +36,11 @@ from ray import tune
 from qafe import config as configs
 from qafe import metrics
 from qafe.config import Config
-from qafe.data.cohort import load_cohort
+from qafe.data.cohort import split_cohort
+from qafe.data.manifest import Manifest, read_manifest
 from qafe.errors import ManifestError, MediaError, QafeError
 from qafe.history import ExpressionHistory, History, read_history, write_history
+from qafe.store import Store
 from qafe.train import EpochResult, fit
 
 from .checkpoints import newest, seal
@@ -145,7 +148,7 @@ def _trained(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> boo
 
 def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
     monitor()  # looks from now on
-    cohort = load_cohort(plan.data_root, config.data)
+    cohort = split_cohort(*_dataset(plan.data_root), config.data)
     device = trial_device(plan.gpus)
     history: History = {}
     known = tune.get_checkpoint()
@@ -177,6 +180,14 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
         for expression, result in results.items():
             history[expression].add(result)
         _keep(config, history, results, plan, parameters["number"])
+
+
+@functools.cache
+def _dataset(root: str) -> tuple[Store, Manifest]:
+    """Read once by each worker: a sweep keeps to the data that it began with, and to check a thousand videos takes a
+    second."""
+    store = Store(root)
+    return store, read_manifest(store)
 
 
 def _keep(config: Config, history: History, results: dict[str, EpochResult], plan: TrialPlan, number: int) -> None:

@@ -1,4 +1,4 @@
-"""A tracking server that is stopped for a minute and killed once, in the middle of a sweep."""
+"""A tracking server in the middle of a sweep: stopped for a minute and killed; backed up and restored elsewhere."""
 
 import json
 import statistics
@@ -6,12 +6,16 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import mlflow
 import psutil
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
+import tracking.server
 from tests.sweeps.running import Sweep
-from tests.tracking.stores import free_port, server
+from tests.tracking.stores import embedded, free_port, server
+from tracking import registry
 
 pytestmark = pytest.mark.slow
 
@@ -78,3 +82,54 @@ def test_no_step_is_lost_or_doubled_and_no_epoch_is_slower(
         print(json.dumps(counts | {"epoch_s_away": round(away, 4), "epoch_s_there": round(there, 4)}))
     assert len(times[True]) >= 10
     assert away < 1.3 * there
+
+
+def content(client: MlflowClient, run: Run, folder: Path) -> dict[str, object]:
+    """All that a run holds: metrics with their steps and times, params, tags, and its artifacts byte by byte."""
+    steps = {
+        name: [(row.step, row.timestamp, row.value) for row in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+    files = files_of(f"runs:/{run.info.run_id}/", client.tracking_uri, folder)
+    return {"metrics": steps, "params": run.data.params, "tags": run.data.tags, "files": files}
+
+
+def files_of(address: str, uri: str, folder: Path) -> dict[str, bytes]:
+    """What a tracking server has there."""
+    folder.mkdir(parents=True)
+    place = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(folder), tracking_uri=uri))
+    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+def test_a_backup_in_the_middle_of_a_sweep_is_all_there_elsewhere(sample_root: Path, tmp_path: Path) -> None:
+    port, flags = free_port(), ["--backend", embedded(tmp_path)]
+    with server(tmp_path, port) as uri:
+        sweep = Sweep(tmp_path, sample_root, *FLAGS, "--set", "train.epochs=100", uri=uri)
+        process, client = sweep.start(), MlflowClient(uri)
+        sweep.wait_for_epoch(100)
+        while sweep.runs()["s-1-000"].info.status != "FINISHED":
+            assert process.poll() is None, sweep.text
+            time.sleep(0.2)
+        assert registry.main(["--tracking-uri", uri, "register", "--sweep", "s-1", "--trial", "0"]) == 0
+        assert registry.main(["--tracking-uri", uri, "promote", "qafe-net", "1"]) == 0
+        champion = files_of("models:/qafe-net@champion", uri, tmp_path / "champion")
+        before = sweep.runs()
+        assert tracking.server.main(["backup", *flags, str(tmp_path / "backup")]) == 0
+        assert process.poll() is None, "the sweep must last longer than the backup"
+        assert process.wait(timeout=300) == 0, sweep.text
+        ended = {name: content(client, run, tmp_path / "here" / name) for name, run in sweep.runs().items()}
+    new = tmp_path / "new"
+    assert tracking.server.main(["restore", str(tmp_path / "backup"), str(new)]) == 0
+    with server(new, free_port()) as uri:
+        client = MlflowClient(uri)
+        (experiment,) = (found for found in client.search_experiments() if found.name == "fusion_search")
+        runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+        assert set(before) <= set(runs)
+        assert runs["s-1-000"].info.status == "FINISHED"
+        there = {name: content(client, run, tmp_path / "there" / name) for name, run in runs.items()}
+        assert there["s-1-000"] == ended["s-1-000"]
+        for name, found in there.items():
+            for metric, rows in found["metrics"].items():  # of a trial that went on: what it had by then
+                assert set(rows) <= set(ended[name]["metrics"][metric]), (name, metric)
+        assert client.get_model_version_by_alias("qafe-net", "champion").run_id == before["s-1-000"].info.run_id
+        assert files_of("models:/qafe-net@champion", uri, tmp_path / "champion there") == champion
