@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import optuna
@@ -24,6 +27,7 @@ from sweeps.studies import STUDIES
 from sweeps.study import BASELINE, PRUNERS
 from sweeps.trial import TrialPlan, _as_fits
 from tests.conftest import QUICK_FLAGS
+from tests.sweeps.running import ROOT
 from tests.sweeps.test_sweep import Sweep
 from tests.tracking.stores import embedded
 
@@ -217,3 +221,14 @@ def test_a_spent_budget_ends_the_sweep_with_its_report(sample_root: Path, tmp_pa
     assert 1 <= len(summary["trials"]) < 50
     assert "budget" in summary["ended_by"]
     assert summary["training_hours"] > 0
+
+
+@pytest.mark.slow
+def test_a_sweep_of_the_sample_dataset_costs_what_was_estimated(tmp_path: Path) -> None:
+    """Early stopping included, whose luck alone makes it cheaper or dearer by some 15 %."""
+    flags = ["fusion_search", "--preset", "tiny", "--storage", str(tmp_path), "--tracking-uri", embedded(tmp_path)]
+    for more in (["--dry-run"], ["--name", "s-1"]):
+        line = [sys.executable, "-m", "sweeps.run", *flags, *more, "--json", str(tmp_path / f"{more[0]}.json")]
+        subprocess.run(line, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=900)
+    estimated, real = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("--dry-run", "--name"))
+    assert real["training_hours"] == pytest.approx(estimated["with_early_stopping"]["hours"], rel=0.25)
