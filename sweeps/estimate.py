@@ -47,9 +47,10 @@ CONFIG_S = 10.0
 DRAWS = 200
 """Sweeps that are simulated; fewer where one asks the pruner so often that it would take long."""
 PRUNER_CALLS = 30_000
-STARTUP_S = 12.0
-"""Ray's start and the first trial's worker, and at the end the test of the best trial and the report (assumed of an
-idle machine of two cores); times the calibration's own start over its idle one, below."""
+STARTUP_S = 43.0
+"""Until a worker trains (planning, a new MLflow store, Ray and the worker: 33 s), and at the end the test of the best
+trial and the report (10 s), by ``python -m tests.bench sweeps`` on an idle machine of two cores; times the
+calibration's own start over its idle one, below."""
 IDLE_PROCESS_START_S = 4.0
 TRIAL_START_S = 0.4
 """Ray's part of starting a trial on a worker that is there."""
