@@ -205,9 +205,9 @@ def test_a_paused_driver_notices_within_two_seconds_and_sleeps_meanwhile(
         "ctrl-c": lambda: os.kill(os.getpid(), signal.SIGINT),
         "budget": lambda: None,
     }[ending]
+    used, began = time.process_time(), time.monotonic()
     threading.Timer(2.0, lambda: control.wish("stop-0")).start()
     threading.Timer(4.0, wish).start()
-    used, began = time.process_time(), time.monotonic()
     deadline = began + (4.0 if ending == "budget" else 99)
     cohort: Any = None  # only trials that start are asked for their split
     driver._run_and_pause(steered.plan, cohort, steered.searcher, tracker, control, deadline)
