@@ -215,6 +215,19 @@ def test_bf16_trains(quick: Config, smile: Cohort) -> None:
     assert math.isfinite(results[0].train_loss)
 
 
+@pytest.mark.slow
+def test_the_loss_of_bf16_stays_within_the_noise_of_seeds_over_50_steps(quick: Config, smile: Cohort) -> None:
+    steps = {"train.epochs": 50, "train.batch_size": 16, "train.loss": "mse"}  # an epoch is a step
+
+    def curve(seed: int, precision: str) -> np.ndarray:
+        config = override(quick, steps | {"train.seed": seed, "train.precision": precision})
+        return np.array([result.train_loss for result in train(config, smile)])
+
+    full, others = curve(0, "fp32"), [curve(seed, "fp32") for seed in (1, 2, 3)]
+    noise = np.mean([np.sqrt(np.mean((other - full) ** 2)) for other in others])
+    assert 0 < np.sqrt(np.mean((curve(0, "bf16") - full) ** 2)) < noise
+
+
 @pytest.mark.gpu
 def test_training_on_a_gpu_resumes(quick: Config, smile: Cohort, tmp_path: Path) -> None:
     device = pick_device("cuda")
