@@ -135,9 +135,9 @@ def _epoch(number: int, expressions: tuple[str, ...], history: History) -> dict[
         entry.epochs.append(Epoch(epoch=number, train_loss=1.0, metrics=values, predictions=predictions.tolist()))
         entry.best_epoch = number
         results[name] = EpochResult(
-            epoch=number, train_loss=1.0, lr=0.1, metrics=values, predictions=predictions, best_epoch=number,
-            best_spearman=values["spearman"], seconds=1.0, evaluation_s=0.1, clips_per_s=1.0, peak_memory_mb=1.0,
-            parameters=1, save=lambda _: None,
+            epoch=number, train_loss=1.0, lr=0.1, metrics=values, predictions=predictions, attention={},
+            best_epoch=number, best_spearman=values["spearman"], seconds=1.0, evaluation_s=0.1, clips_per_s=1.0,
+            peak_memory_mb=1.0, parameters=1, save=lambda _: None,
         )  # fmt: skip
     return results
 
