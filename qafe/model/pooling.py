@@ -47,6 +47,6 @@ class _MaxPool(torch.autograd.Function):
         # Of what was pooled only the shape is read, so that it need not be kept: any tensor of that shape will do.
         of_x = gradient.new_empty(ctx.shape)
         torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
-            gradient, of_x, [3, 3], [ctx.stride] * 2, [1, 1], [1, 1], False, places, grad_input=of_x
+            gradient.contiguous(), of_x, [3, 3], [ctx.stride] * 2, [1, 1], [1, 1], False, places, grad_input=of_x
         )
         return of_x, None

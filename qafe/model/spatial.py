@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import RGBEncoderConfig
 from .batchnorm import statistics_kept
+from .convolution import Conv1x1, Conv3x3
 from .pooling import max_pool
 from .transformer import TransformerBlock, init_conv
 
@@ -24,14 +25,14 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = Conv3x3(in_channels, out_channels, stride=stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+                Conv1x1(in_channels, out_channels, stride=stride),
                 nn.BatchNorm2d(out_channels),
             )
 
@@ -84,10 +85,11 @@ class SpatialFormer(nn.Module):
         return torch.cat([self._encode(chunk) for chunk in torch.split(frames, CHUNK_FRAMES)])
 
     def _encode(self, x: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N D"]:
-        # Tensor cores read channels last; the CPU's convolutions gain nothing from it in training.
+        # Tensor cores read channels last, and so do the CPU's convolutions of many channels; not those of three.
         last = x.device.type == "cuda"
         x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         x = self._run(self._stem, x)  # N C H/4 W/4
+        x = x.contiguous(memory_format=torch.channels_last)
         for block in (*self.layer1, *self.layer2, *self.layer3):
             x = self._run(block, x)  # at last N 4C H/16 W/16
         x = rearrange(x, "n c h w -> n (h w) c") + self.position
