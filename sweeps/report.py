@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
 from qafe import config as configs
@@ -219,6 +218,8 @@ def importances(study: optuna.Study) -> dict[str, float]:
     varied = [name for name in varied if name not in NOISE_SETTINGS]
     if not varied:
         return {}
+    from optuna.importance import PedAnovaImportanceEvaluator  # and scikit-learn: a second that no start needs
+
     found = optuna.importance.get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), params=varied)
     return {name: float(value) for name, value in found.items()}
 

@@ -47,7 +47,7 @@ class SyncBatchNorm(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions will do."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # The public one imports the compiler: 2 s.
     def forward(self, input: Float[Tensor, "N C ..."]) -> Float[Tensor, "N C ..."]:
         """Normalises, and in training moves the running statistics."""
         if not self.training:

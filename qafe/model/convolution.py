@@ -11,13 +11,15 @@ from torch.autograd.function import once_differentiable
 
 _FRAMES = 16
 """Whose pixels are sorted at a time: copies that are small, and products that are large."""
+_FEWEST_CHANNELS = 64
+"""From which on products of matrices are faster than oneDNN."""
 
 
 class Conv3x3(nn.Conv2d):
     """A 3 x 3 convolution with a border of one and no bias; otherwise torch's.
 
     On a CPU it is meant for ``channels_last``, in which oneDNN is a tenth faster forwards and for the gradient of the
-    input, but slower for that of the weights: the latter is computed here, in two thirds of oneDNN's time.
+    input, but slower for that of many channels' weights: the latter is computed here, in two thirds of oneDNN's time.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
@@ -25,8 +27,9 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C2 H2 W2"]:
         """A stride of 2 halves height and width."""
-        trains = torch.is_grad_enabled() and self.weight.requires_grad
-        if x.device.type != "cpu" or not trains or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        trains = torch.is_grad_enabled() and self.weight.requires_grad and not torch.is_autocast_enabled("cpu")
+        plain = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()  # Not a FakeTensor.
+        if not trains or not plain or min(self.weight.shape[:2]) < _FEWEST_CHANNELS:
             return super().forward(x)
         y: Tensor = _Conv3x3.apply(x, self.weight, self.stride[0])  # type: ignore[no-untyped-call]
         return y

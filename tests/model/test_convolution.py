@@ -8,6 +8,11 @@ from qafe.model import convolution
 from qafe.model.convolution import Conv1x1, Conv3x3
 
 
+@pytest.fixture(autouse=True)
+def few_channels_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "_FEWEST_CHANNELS", 1)
+
+
 @pytest.mark.parametrize("kind", [Conv1x1, Conv3x3])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("side", [(8, 8), (7, 5), (2, 3), (1, 1)])
