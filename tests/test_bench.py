@@ -6,17 +6,22 @@ import math
 import statistics
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 
+from qafe.config import paper
+from qafe.data.sample import SampleConfig, make_sample
 from qafe.errors import ConfigError
 
 from . import reference
 from .bench import __main__ as command
-from .bench import device, growth, heatmaps, published, recorded, step
+from .bench import device, growth, heatmaps, published, recorded, search, step, sweeps, tracking
 from .bench.rounds import Row
 
 
@@ -277,3 +282,50 @@ def test_options_stand_before_or_after_the_subject() -> None:
     assert parser.parse_args(["--rounds", "3", "clips"]).rounds == 3
     assert parser.parse_args(["step", "--rounds", "3", "--batch4"]).batch4
     assert parser.parse_args(["--batch4", "step"]).batch4
+
+
+def test_a_search_ends_at_the_epoch_that_reaches_the_target() -> None:
+    def learn(settings: dict[str, Any]) -> Iterator[tuple[float, float]]:
+        return iter([(0.1 * epoch, 0.2 * epoch) for epoch in range(1, search.EPOCHS + 1)])
+
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    spent, best = search.search("random", "none", 0, paper(), learn, budget=60, target=1.0)
+    assert (spent, best) == (5, 1.0)
+    spent, best = search.search("tpe", "asha", 0, paper(), learn, budget=2 * search.EPOCHS)
+    assert spent >= 2 * search.EPOCHS, "no model is good enough"
+    assert best == pytest.approx(0.2 * search.EPOCHS)
+
+
+def test_the_synthetic_objective_has_its_optimum_where_it_says() -> None:
+    assert search.true_score(search.OPTIMUM) == 0.9
+    for name in search.OPTIMUM:
+        assert search.true_score({**search.OPTIMUM, name: -100 if name in search.REACH else "other"}) < 0.9
+
+
+def test_searches_on_real_trainings_at_the_smallest_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(search, "EPOCHS", 5)
+    monkeypatch.setattr(search, "SAMPLE_TRIALS", 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of this process: other tests have theirs
+    data = make_sample(tmp_path / "sample", SampleConfig(train_patients=6, test_patients=1, clips=2), workers=1)
+    spent, target = search._on_sample(0, data)
+    assert 1 <= spent <= search.LONGEST * 10 + 4
+    assert -1 <= target <= 1
+
+
+def test_tracking_at_the_smallest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("OUR_EPOCHS", 4), ("RIVAL_EPOCHS", 2), ("EPOCHS_OF_A_MINUTE", 2)):
+        monkeypatch.setattr(tracking, name, value)
+    monkeypatch.setattr(tracking.postgres, "installed", lambda: False)
+    found = tracking.bench(rounds=1)
+    assert len(found.rows) >= 4
+    for row in found.rows:
+        assert min(row.ours) > 0
+        assert not row.rival or min(row.rival) > 0
+
+
+@pytest.mark.slow
+def test_sweeps_at_the_smallest_size(tmp_path: Path) -> None:
+    found = sweeps.bench(short_trials=20, long_trials=0, figure=tmp_path / "figure.png")
+    assert len(found.rows) == 1
+    assert found.rows[0].ours[0] > found.rows[0].rival[0] > 0
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
