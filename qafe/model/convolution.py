@@ -47,7 +47,7 @@ class Conv1x1(nn.Conv2d):
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C2 H2 W2"]:
         """A stride of 2 halves height and width."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu":
             return super().forward(x)
         seen = x[..., :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
         return F.linear(seen, self.weight.flatten(1)).permute(0, 3, 1, 2)
