@@ -1,5 +1,10 @@
 """qafe/model/convolution.py: what torch's own convolution gives, and its gradients."""
 
+import ctypes
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,3 +65,29 @@ def test_the_first_layer_needs_no_gradient_of_its_input() -> None:
     convolve(x).sum().backward()
     assert convolve.weight.grad is not None
     assert x.grad is None
+
+
+@pytest.mark.parametrize("width", [4, 12])
+def test_nothing_is_written_beyond_its_memory(width: int) -> None:
+    """glibc puts a byte behind each block and looks at it when the block is freed."""
+    try:
+        ctypes.CDLL("libc_malloc_debug.so.0")
+    except OSError:
+        pytest.skip("glibc's libc_malloc_debug.so.0 is not installed")
+    watched = {"LD_PRELOAD": "libc_malloc_debug.so.0", "GLIBC_TUNABLES": "glibc.malloc.check=3"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN_ENCODER, str(width)], env=os.environ | watched, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+TRAIN_ENCODER = """
+import sys, torch
+from qafe.config import RGBEncoderConfig
+from qafe.model.spatial import SpatialFormer
+
+torch.set_num_threads(1)
+net = SpatialFormer(RGBEncoderConfig(size_px=32, width=int(sys.argv[1]), spatial_heads=2, spatial_mlp=32)).train()
+for _ in range(3):
+    net(torch.randn(40, 3, 32, 32)).sum().backward()
+"""
