@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,9 +136,17 @@ def _main(options: argparse.Namespace) -> int:
         plan = make_plan(options, sweep, storage)
     for name, value in QUIET.items() if options.address else (QUIET | ALONE).items():
         os.environ.setdefault(name, value)
+    from tracking.runs import SPOOL_FILE
+
     from .driver import run_sweep  # Ray reads its environment when it is imported
 
-    return run_sweep(plan, sweep, address=options.address, json_file=options.json, notify=options.notify)
+    new = not options.resume and options.extend is None
+    try:
+        return run_sweep(plan, sweep, address=options.address, json_file=options.json, notify=options.notify)
+    except ConfigError:
+        if new and not (Path(plan.folder) / SPOOL_FILE).exists():  # Nothing has begun: the name is free again.
+            shutil.rmtree(plan.folder)
+        raise
 
 
 def _check_resumable(plan: Plan, options: argparse.Namespace) -> None:

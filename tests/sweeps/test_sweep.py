@@ -22,7 +22,7 @@ from sweeps.run import main
 from sweeps.study import open_study
 from tests.conftest import QUICK_FLAGS
 from tests.sweeps.running import ROOT, Sweep, workers_of
-from tests.tracking.stores import free_port
+from tests.tracking.stores import embedded, free_port
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +267,16 @@ def test_mistakes_are_found_before_anything_starts(
     assert printed.out == ""
     assert [line for line in printed.err.splitlines() if line.startswith("error: ") and words in line]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_cluster_that_does_not_answer_leaves_no_sweep(
+    sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data-root", str(sample_root), "--storage", str(tmp_path), "--tracking-uri", embedded(tmp_path)]
+    flags += ["--address", f"127.0.0.1:{free_port()}", "--preset", "tiny", "--gpus-per-trial", "0"]
+    assert main(["fusion_search", *flags]) == 2
+    assert "Start a cluster with ray start --head" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_a_used_name_is_refused(
