@@ -1,4 +1,4 @@
-"""Batch norm's statistics: over the clips of all processes, and left alone while a forward pass is made again."""
+"""Batch norm's statistics: exact, over the clips of all processes, and left alone while a pass is made again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,36 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+
+_CHUNK_ROWS = 4096
+"""Values of a channel that are summed at a time."""
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's, with statistics and gradients that are as exact in ``channels_last`` on a CPU as in the usual layout.
+
+    There torch sums all values of a channel into one float32: of half a million values, four digits are left. Here a
+    few thousand are summed at a time, in a CPU's caches.
+    """
+
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+
+    def forward(self, input: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
+        """Normalises, and in training moves the running statistics."""
+        plain = input.device.type == "cpu" and type(input) is Tensor and not torch.compiler.is_compiling()
+        last = input.dtype == torch.float32 and input.is_contiguous(memory_format=torch.channels_last)
+        count = input.numel() // self.num_features
+        if not self.training or not plain or not last or count < 2 * _CHUNK_ROWS:
+            return super().forward(input)
+        with torch.no_grad():
+            mean, variance = _mean_and_variance(input)
+            _move_running_statistics(self, mean, variance * (count / (count - 1)))
+        y: Tensor = _Normalise.apply(  # type: ignore[no-untyped-call]
+            input, self.weight, self.bias, mean, variance, torch.tensor(float(count)), self.eps, True, False
+        )
+        return y
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -54,12 +84,9 @@ class SyncBatchNorm(_BatchNorm):
             return super().forward(input)
         with torch.no_grad():
             mean, variance, count = _statistics(input, self.counted)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+            _move_running_statistics(self, mean, variance * (count / (count - 1)))
         y: Tensor = _Normalise.apply(  # type: ignore[no-untyped-call]
-            input, self.weight, self.bias, mean, variance, count, self.eps, self.counted
+            input, self.weight, self.bias, mean, variance, count, self.eps, self.counted, True
         )
         return y
 
@@ -100,23 +127,48 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
 def _statistics(
     x: Float[Tensor, "N C ..."], counted: bool
 ) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"], Float[Tensor, ""]]:
-    """Mean and biased variance of each channel over all processes' rows, and the number of values of a channel.
-
-    Source: the pairwise combination of Chan, Golub and LeVeque (1979), which loses no digits where the mean is large.
-    """
+    """Mean and biased variance of each channel over all processes' rows, and the number of values of a channel."""
     channels = x.shape[1]
     if counted:
-        variance, mean = torch.var_mean(x.float(), _all_but_channels(x), correction=0)
+        mean, variance = _mean_and_variance(x.float())
         own = torch.cat([mean, variance, mean.new_full((1,), x.numel() // channels)])
     else:
         own = torch.zeros(2 * channels + 1, device=x.device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, own)
     means, variances, counts = torch.split(torch.stack(gathered), [channels, channels, 1], dim=1)  # P C, P C, P 1
+    return *_combined(means, variances, counts), counts.sum()
+
+
+def _combined(
+    means: Float[Tensor, "P C"], variances: Float[Tensor, "P C"], counts: Float[Tensor, "P 1"]
+) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """Mean and biased variance of parts together.
+
+    Source: the pairwise combination of Chan, Golub and LeVeque (1979), which loses no digits where the mean is large.
+    """
     count = counts.sum()
     mean = (counts * means).sum(dim=0) / count
-    variance = (counts * (variances + (means - mean) ** 2)).sum(dim=0) / count
-    return mean, variance, count
+    return mean, (counts * (variances + (means - mean) ** 2)).sum(dim=0) / count
+
+
+def _mean_and_variance(x: Float[Tensor, "N C ..."]) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """Of each channel; the variance is the biased one."""
+    parts = _chunks(x)
+    found = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]
+    means, variances = (torch.stack(one) for one in zip(*found, strict=True))
+    return _combined(means, variances, means.new_tensor([[float(len(part))] for part in parts]))
+
+
+def _chunks(x: Float[Tensor, "N C ..."]) -> tuple[Float[Tensor, "n C ..."], ...]:
+    return torch.split(x, max(1, _CHUNK_ROWS * x.shape[1] // max(1, x[0].numel())))
+
+
+def _move_running_statistics(norm: Any, mean: Float[Tensor, " C"], variance: Float[Tensor, " C"]) -> None:
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(variance, norm.momentum)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
 
 
 class _Normalise(torch.autograd.Function):
@@ -133,30 +185,39 @@ class _Normalise(torch.autograd.Function):
         count: Tensor,
         eps: float,
         counted: bool,
+        together: bool,
     ) -> Tensor:
+        """Args: counted: x moved the statistics; together: so did other processes' rows."""
         ctx.save_for_backward(x, weight, mean, variance, count)
-        ctx.eps, ctx.counted = eps, counted
+        ctx.eps, ctx.counted, ctx.together = eps, counted, together
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        gradient = gradient.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         # With fixed statistics, the gradients of weight and bias are the two sums that the input's is made of.
-        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
-        )
-        sums = torch.stack([of_weight, of_bias])  # 2 C
-        dist.all_reduce(sums)
-        scale = torch.rsqrt(variance + ctx.eps)
+        parts = []
+        for part, behind in zip(_chunks(x), _chunks(gradient), strict=True):
+            _, *both = torch.ops.aten.native_batch_norm_backward(
+                behind, part, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
+            )
+            parts.append(torch.stack(both))
+        sums = torch.stack(parts).sum(dim=0)  # 2 C
+        of_weight, of_bias = sums.clone()
+        if ctx.together:
+            dist.all_reduce(sums)
         shape = (-1, *[1] * (x.dim() - 2))  # C 1 ...
-        slope = (weight * scale).view(shape)
-        along, level = (part.view(shape) for part in sums / count)
-        of_x = slope * gradient
-        if ctx.counted:  # Other rows do not move the statistics.
-            of_x -= slope * (level + (x - mean.view(shape)) * scale.view(shape) * along)
-        return of_x.to(x.dtype), of_weight, of_bias, None, None, None, None, None
-
-
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [axis for axis in range(x.dim()) if axis != 1]
+        scale = torch.rsqrt(variance + ctx.eps)
+        slope, centre = (weight * scale).view(shape), mean.view(shape)
+        along, level = (-slope * part.view(shape) for part in (sums[0] * scale / count, sums[1] / count))
+        of_x = torch.empty_like(x)
+        for part, behind, place in zip(*(_chunks(whole) for whole in (x, gradient, of_x)), strict=True):
+            if ctx.counted:
+                moved = part - centre  # What the row did to the statistics.
+                place.copy_(torch.addcmul(level, moved, along, out=moved).addcmul_(behind, slope))
+            else:  # Other rows do not move the statistics.
+                torch.mul(behind, slope, out=place)
+        return of_x, of_weight, of_bias, None, None, None, None, None, None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import RGBEncoderConfig
-from .batchnorm import statistics_kept
+from .batchnorm import BatchNorm2d, statistics_kept
 from .convolution import Conv1x1, Conv3x3
 from .pooling import max_pool
 from .transformer import TransformerBlock, init_conv
@@ -26,14 +26,14 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
         super().__init__()
         self.conv1 = Conv3x3(in_channels, out_channels, stride=stride)
-        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.bn1 = BatchNorm2d(out_channels)
         self.conv2 = Conv3x3(out_channels, out_channels)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = BatchNorm2d(out_channels)
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
                 Conv1x1(in_channels, out_channels, stride=stride),
-                nn.BatchNorm2d(out_channels),
+                BatchNorm2d(out_channels),
             )
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C2 H2 W2"]:
@@ -65,7 +65,7 @@ class SpatialFormer(nn.Module):
         c = config.width
         self.grid = config.size_px // 16
         self.conv1 = nn.Conv2d(3, c, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(c)
+        self.bn1 = BatchNorm2d(c)
         self.layer1 = _stage(c, c, stride=1)
         self.layer2 = _stage(c, 2 * c, stride=2)
         self.layer3 = _stage(2 * c, 4 * c, stride=2)
