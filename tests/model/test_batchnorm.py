@@ -36,7 +36,7 @@ def test_as_exact_as_the_usual_layout(shape: tuple[int, ...]) -> None:
 
 
 def test_a_repeated_pass_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batchnorm, "_CHUNK_ROWS", 8)
+    monkeypatch.setattr(batchnorm, "_CHUNK_ROWS", 4)
     norm = BatchNorm2d(3)
     x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     first = norm(x)
