@@ -5,8 +5,8 @@ objectives, both over the space of `fusion_search`:
 
 - synthetic, so that its optimum is known: a trial's score falls with the distance of its settings from one point, is
   learnt along a curve over epochs, and carries a training's noise. Searches see the noise; they are judged without it.
-- real trainings of ``tiny`` on a sample dataset, judged by what a sweep sees: validation Spearman. It takes more than an
-  hour on two cores. Half of the patients are for validation, so that settings decide and not luck.
+- real trainings of ``tiny`` on a sample dataset, judged by what a sweep sees: validation Spearman. It takes more than
+  an hour on two cores. Half of the patients are for validation, so that settings decide and not luck.
 """
 
 from __future__ import annotations
