@@ -136,9 +136,10 @@ def _main(options: argparse.Namespace) -> int:
         plan = make_plan(options, sweep, storage)
     for name, value in QUIET.items() if options.address else (QUIET | ALONE).items():
         os.environ.setdefault(name, value)
+    # Ray reads its environment when it is imported, and figures take a second that an error's line need not wait for.
     from tracking.runs import SPOOL_FILE
 
-    from .driver import run_sweep  # Ray reads its environment when it is imported
+    from .driver import run_sweep
 
     new = not options.resume and options.extend is None
     try:

@@ -154,6 +154,9 @@ def _combined(
 
 def _mean_and_variance(x: Float[Tensor, "N C ..."]) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
     """Of each channel; the variance is the biased one."""
+    if x.device.type != "cpu":
+        variance, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
+        return mean, variance
     parts = _chunks(x)
     found = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]
     means, variances = (torch.stack(one) for one in zip(*found, strict=True))
@@ -161,7 +164,9 @@ def _mean_and_variance(x: Float[Tensor, "N C ..."]) -> tuple[Float[Tensor, " C"]
 
 
 def _chunks(x: Float[Tensor, "N C ..."]) -> tuple[Float[Tensor, "n C ..."], ...]:
-    return torch.split(x, max(1, _CHUNK_ROWS * x.shape[1] // max(1, x[0].numel())))
+    """What is summed at a time: a GPU sums exactly, and all at once."""
+    rows = x.numel() // (len(x) * x.shape[1])
+    return torch.split(x, max(1, _CHUNK_ROWS // rows)) if x.device.type == "cpu" else (x,)
 
 
 def _move_running_statistics(norm: Any, mean: Float[Tensor, " C"], variance: Float[Tensor, " C"]) -> None:

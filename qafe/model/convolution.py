@@ -39,7 +39,7 @@ class Conv1x1(nn.Conv2d):
     """A 1 x 1 convolution without bias; otherwise torch's.
 
     On a CPU it is a product of matrices. oneDNN's gradient of the weights writes beyond its memory for a stride of 2
-    and channels that are no multiple of 8 (torch 2.13, AVX2, ``channels_last``).
+    and up to 6 channels of the input (torch 2.13, AVX2, ``channels_last``).
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
