@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = subjects.add_parser("sweeps", parents=[common], help="a sweep's time and memory beside its training")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw memory and time over trials")
     sub.add_argument("--trials", type=int, default=200, help="short ones (default: %(default)s; 0: none)")
-    sub.add_argument("--long-trials", type=int, default=8, help="of a minute (default: %(default)s; 0: none)")
+    sub.add_argument("--long-trials", type=int, default=32, help="of a minute (default: %(default)s; 0: none)")
     subjects.add_parser("tracking", parents=[common], help="what tracking costs, and metrics a second")
     sub = subjects.add_parser("faces", parents=[common], help="raw video -> crops and landmarks")
     sub.add_argument("videos", type=Path, nargs="+")
