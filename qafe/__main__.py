@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import config as configs
-from . import console, metrics
+from . import console, dotted, metrics
 from .config import EXPRESSIONS, PRESETS, Config
 from .data.cache import cache_folder, cache_size, clear_cache
 from .data.cohort import Cohort, choose_expressions, load_cohort
@@ -27,7 +26,9 @@ from .data.manifest import read_manifest
 from .data.sample import SampleConfig, make_sample
 from .errors import CheckpointError, ConfigError
 from .faces.detect import DEFAULT_MODELS, DEFAULT_ROOT
-from .faces.prepare import Outcome, PrepareSettings, add_landmarks, prepare_cohort
+from .faces.landmarks_only import add_landmarks
+from .faces.prepare import Outcome, prepare_cohort
+from .faces.settings import PrepareSettings
 from .faces.track import TrackSettings
 from .history import ExpressionHistory, History, write_history
 from .store import Store
@@ -226,12 +227,12 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _train(options: argparse.Namespace) -> int:
+    from .device import pick_device
     from .distributed import launched
-    from .train import pick_device
 
     with launched() as join:
-        settings = configs.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
-        config = configs.override(PRESETS[options.preset](), settings)
+        settings = dotted.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
+        config = dotted.override(PRESETS[options.preset](), settings)
         device = pick_device(options.device)
         cohort = load_cohort(options.data_root, config.data)
         expressions = choose_expressions(cohort.manifest, options.expression)
@@ -253,7 +254,7 @@ def _train_and_keep(
     test: dict[str, float] = {}
     history: History = {}
     with _output_folder(out) as folder:
-        (folder / "config.json").write_text(configs.to_json(config))
+        (folder / "config.json").write_text(dotted.to_json(config))
         for expression in expressions:
             part = cohort.only(expression)
             entry = history[expression] = ExpressionHistory.start(part.validation)

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .config import Config
+from .device import amp_dtype
 from .errors import ConfigError
 from .losses import BATCH_LOSSES, build_loss
 from .model.qafenet import build
-from .train import amp_dtype, build_optimizer
+from .optim import build_optimizer
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")

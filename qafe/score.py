@@ -14,8 +14,8 @@ from .data.manifest import Sample
 from .errors import CheckpointError, ConfigError
 from .model import weights
 from .model.qafenet import QAFENet
+from .predict import predict, score_batch
 from .store import Store
-from .train import predict, score_batch
 
 SUFFIX = ".safetensors"
 

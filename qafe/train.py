@@ -11,9 +11,8 @@ import copy
 import dataclasses
 import itertools
 import os
-import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,21 +20,24 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
-from . import config as configs
-from . import metrics
-from .config import Config, TrainConfig
-from .data.dataset import Clip, ClipBatch, ClipDataset, collate, model_inputs
+from . import dotted, metrics
+from .config import Config
+from .data.dataset import Clip, ClipBatch, ClipDataset, model_inputs
+from .data.loader import clip_loader, evaluation_loader, read_batches
 from .data.manifest import Sample
-from .distributed import ALONE, Ranks, Shares, gradients_summed, local_rank, take_compile_cache
-from .errors import CheckpointError, ConfigError, ManifestError, QafeError
+from .device import amp_dtype, peak_memory_mb, pick_device
+from .distributed import Ranks, Shares, gradients_summed, take_compile_cache
+from .errors import CheckpointError, ManifestError
 from .losses import BATCH_LOSSES, build_loss
 from .memory import freed_memory_kept, freed_memory_returned
 from .model import weights
 from .model.attention import Maps, attention_read, mean_maps
 from .model.batchnorm import set_counted, statistics_kept, synchronise
-from .model.qafenet import QAFENet, build
+from .model.qafenet import build
+from .optim import build_optimizer, lr_factor
+from .predict import as_array, scores_of
 from .store import Store
 
 STATE_FILE = "last.pt"
@@ -86,26 +88,6 @@ class EpochResult:
     """Writes all that `fit` needs to go on (``last.pt``) and the best weights (``best.safetensors``) to a folder.
 
     Of processes that train together the first one writes; in the others this does nothing."""
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device to train on: ``auto`` takes a GPU where there is one.
-
-    Each of the processes that torchrun started takes the GPU of its number.
-
-    Raises:
-        ConfigError: the named device does not exist here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_rank() is not None:
-        name = f"cuda:{local_rank()}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as err:
-        raise ConfigError(f"the device must be auto, cpu or a GPU that exists, got {name!r} (--device).") from err
-    return device
 
 
 def fit(
@@ -202,8 +184,8 @@ class _Run:
     def epochs(self) -> Iterator[EpochResult]:
         # The loaders belong to this generator alone: an `EpochResult` that is kept must not keep their workers.
         batches: list[list[int]] = []
-        training = _loader(self.train_set, batches, self.config, self.device, self.ranks)
-        validation = _evaluation_loader(self.validation_set, self.config, self.device, self.ranks)
+        training = clip_loader(self.train_set, batches, self.config, self.device, self.ranks)
+        validation = evaluation_loader(self.validation_set, self.config, self.device, self.ranks)
         # Recomputing activations is the choice of who lacks memory, and keeping what is freed costs some.
         on_cpu, lean = self.device.type == "cpu", self.config.train.checkpoint
         with freed_memory_kept(on_cpu and not lean), freed_memory_returned(on_cpu and lean):
@@ -226,8 +208,8 @@ class _Run:
         trained = time.perf_counter()
         self.ranks.spread_buffers(self.model)
         with attention_read(self.model.fusion) as read:
-            scores = _scores(self.model, validation, self.config, self.device)
-        predictions = _array(self.ranks.gather(scores, len(self.validation_set)))
+            scores = scores_of(self.model, validation, self.config, self.device)
+        predictions = as_array(self.ranks.gather(scores, len(self.validation_set)))
         attention = mean_maps(self.ranks.collect((read.clips, read.sums)))
         evaluated = time.perf_counter()
         values = metrics.evaluate(predictions, self.target)
@@ -247,7 +229,7 @@ class _Run:
             seconds=time.perf_counter() - started,
             evaluation_s=evaluated - trained,
             clips_per_s=len(self.train_set) / (trained - started),
-            peak_memory_mb=_peak_memory_mb(self.device),
+            peak_memory_mb=peak_memory_mb(self.device),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             save=self.save,
         )
@@ -257,7 +239,8 @@ class _Run:
         self.train_set.set_epoch(self.epoch)
         assert isinstance(loader.batch_sampler, Shares)
         sizes = [len(batch) for batch in loader.batch_sampler.whole]
-        batches = (dataclasses.replace(part, whole=size) for part, size in zip(_read(loader), sizes, strict=True))
+        shares = zip(read_batches(loader), sizes, strict=True)
+        batches = (dataclasses.replace(share, whole=size) for share, size in shares)
         steps = step_sizes(sizes, self.config.train.accumulate)
         total = torch.zeros((), device=self.device)
         for count in steps:
@@ -332,7 +315,7 @@ class _Run:
             return
         folder.mkdir(parents=True, exist_ok=True)
         state = {
-            "config": configs.to_json(self.config),
+            "config": dotted.to_json(self.config),
             "epoch": self.epoch,
             "best_epoch": self.best_epoch,
             "best_key": [float(value) for value in self.best_key],
@@ -354,7 +337,7 @@ class _Run:
 
     def restore(self, folder: Path) -> None:
         state = _read_state(folder / STATE_FILE)
-        ours, theirs = _same_steps(self.config), _same_steps(configs.from_json(state["config"]))
+        ours, theirs = _same_steps(self.config), _same_steps(dotted.from_json(state["config"]))
         if ours != theirs:
             changed = [f"{name}={theirs[name]}" for name in ours if ours[name] != theirs[name]]
             raise CheckpointError(
@@ -369,83 +352,6 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
-
-
-def predict(model: QAFENet, dataset: ClipDataset, config: Config, device: torch.device) -> np.ndarray:
-    """Scores [N] of a dataset's evaluation clips, in its order, batch by batch."""
-    with freed_memory_kept(device.type == "cpu"):
-        return _array(_scores(model, _evaluation_loader(dataset, config, device), config, device))
-
-
-def score_batch(model: QAFENet, batch: ClipBatch, config: Config, device: torch.device) -> np.ndarray:
-    """Scores [B] of a batch in full float32 on every device: cuDNN's TF32 has three decimals."""
-    with freed_memory_kept(device.type == "cpu"):
-        return _array(_score(model, batch, config, device))
-
-
-@torch.inference_mode()
-def _score(model: QAFENet, batch: ClipBatch, config: Config, device: torch.device) -> Tensor:
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        scores: Tensor = model(*model_inputs(batch.to(device), config))
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
-    return scores
-
-
-def _scores(model: QAFENet, loader: DataLoader[Clip], config: Config, device: torch.device) -> Tensor:
-    model.eval()
-    # Left on the device: a GPU need not wait for each batch to be copied back.
-    scores = [_score(model, batch, config, device) for batch in _read(loader)]
-    return torch.cat(scores) if scores else torch.empty(0, device=device)
-
-
-def _array(scores: Tensor) -> np.ndarray:
-    array: np.ndarray = scores.double().cpu().numpy()
-    return array
-
-
-def _loader(
-    dataset: ClipDataset,
-    batches: Iterable[list[int]],
-    config: Config,
-    device: torch.device,
-    ranks: Ranks = ALONE,
-) -> DataLoader[Clip]:
-    """Reads this process's share of the batches of clips, the same workers in every pass; they end with the loader.
-
-    Draws nothing from torch's global generator, or a resumed run would differ: a loader with workers draws once,
-    in its first pass, and one without in every pass.
-    """
-    return DataLoader(
-        dataset,
-        batch_sampler=Shares(batches, ranks),
-        collate_fn=collate,
-        num_workers=config.data.workers,
-        persistent_workers=config.data.workers > 0,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),
-    )
-
-
-def _evaluation_loader(
-    dataset: ClipDataset, config: Config, device: torch.device, ranks: Ranks = ALONE
-) -> DataLoader[Clip]:
-    """Reads this process's share of the clips, in whole batches."""
-    mine = range(len(dataset))[ranks.share(len(dataset))]
-    batches = BatchSampler(mine, config.train.batch_size, drop_last=False)
-    return _loader(dataset, batches, config, device)
-
-
-def _read(loader: DataLoader[Clip]) -> Iterator[ClipBatch]:
-    """The loader's batches; an error in a worker comes with its own message, without torch's account of it."""
-    try:
-        yield from loader
-    except QafeError as err:
-        kind = type(err)
-        message = str(err).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
-        raise kind(message) from err
 
 
 def epoch_batches(clips: int, batch_size: int) -> list[list[int]]:
@@ -472,53 +378,6 @@ def step_sizes(clips: Sequence[int], accumulate: int) -> list[int]:
     return steps
 
 
-def build_optimizer(settings: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with momentum, as published, or AdamW; in one kernel for all parameters (``fused``)."""
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=fused
-        )
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=(settings.momentum, 0.999),
-        weight_decay=settings.weight_decay,
-        fused=fused,
-    )
-
-
-def lr_factor(settings: TrainConfig) -> Callable[[int], float]:
-    """The learning rate of each epoch (from 0) as a share of ``train.lr``."""
-
-    def factor(epoch: int) -> float:
-        if epoch < settings.warmup_epochs:
-            return (epoch + 1) / (settings.warmup_epochs + 1)
-        if settings.schedule == "step":
-            return float(settings.step_factor ** (epoch // settings.step_epochs))
-        if settings.schedule == "cosine":
-            length = max(settings.epochs - settings.warmup_epochs, 1)
-            return float(0.5 * (1 + np.cos(np.pi * (epoch - settings.warmup_epochs) / length)))
-        return 1.0
-
-    return factor
-
-
-def amp_dtype(settings: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """What ``train.precision`` means on this device; None is plain float32.
-
-    A CPU is left at float32 by ``auto``: torch computes bf16 convolutions slowly where the processor lacks AVX512.
-    """
-    choice = settings.precision
-    if choice == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if choice == "fp16" and device.type == "cpu":
-        raise ConfigError("fp16 needs a GPU, got device cpu (train.precision). Set train.precision=bf16 or fp32.")
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
-
-
 @contextlib.contextmanager
 def _seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
     """Seeds torch's generators for a block, and puts them back after it."""
@@ -543,7 +402,7 @@ def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device)
 
 def _same_steps(config: Config) -> dict[str, Any]:
     """A config's settings, but for those that a run may change when it resumes: how a step's clips are computed."""
-    flat = configs.flatten(config)
+    flat = dotted.flatten(config)
     flat["train.batch_size"] *= flat.pop("train.accumulate")
     free = ("train.checkpoint", "train.compile", "data.workers", "data.cache_gb")
     return {name: value for name, value in flat.items() if name not in free}
@@ -554,15 +413,9 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"there is no checkpoint at {path}. Name a folder that a run has saved to.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        configs.from_json(state["config"])
+        dotted.from_json(state["config"])
     except Exception as err:
         raise CheckpointError(
             f"the checkpoint {path} is damaged ({type(err).__name__}). Resume from an earlier one or start anew."
         ) from err
     return dict(state)
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from qafe import config as configs
+from qafe import dotted
 from qafe.config import Config
 from qafe.data.cohort import Cohort, load_cohort
 from qafe.data.manifest import Sample
-from qafe.train import EpochResult, fit, pick_device
+from qafe.device import pick_device
+from qafe.train import EpochResult, fit
 
 from .checkpoints import seal
 
@@ -84,7 +85,7 @@ def measure(task: Task) -> list[Timing]:
         began = time.perf_counter()
         if found and began + longest > deadline:
             break
-        found.append(_time_config(number, configs.from_json(text), task, device))
+        found.append(_time_config(number, dotted.from_json(text), task, device))
         longest = max(longest, time.perf_counter() - began)
     return found
 
@@ -93,7 +94,7 @@ def _time_config(number: int, config: Config, task: Task, device: torch.device) 
     started = time.perf_counter()
     cohort = load_cohort(task.data_root, config.data)
     parts = [cohort.only(expression) for expression in task.expressions]
-    config = configs.override(config, {"train.epochs": 10_000, "data.workers": config.data.workers // len(parts)})
+    config = dotted.override(config, {"train.epochs": 10_000, "data.workers": config.data.workers // len(parts)})
     start_s = time.perf_counter() - started
     probe = _epochs(config, parts, 0.0, device, task.config_seconds / 4)
     whole_s = _scaled(probe.results[-1], parts, config)
@@ -123,7 +124,7 @@ def _epochs(config: Config, parts: Sequence[Cohort], share: float, device: torch
     """Epochs on a share of the first expression's clips, each with its checkpoint, until the time is over."""
     part = _part(config, parts, share)
     if share < 1:
-        config = configs.override(config, {"data.repeats": 1})
+        config = dotted.override(config, {"data.repeats": 1})
     started = time.perf_counter()
     run = fit(config, part.store, part.train, part.validation, device=device)
     start_s, save_s = time.perf_counter() - started, 0.0

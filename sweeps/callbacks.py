@@ -14,7 +14,7 @@ from optuna.trial import TrialState as StudyState
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
-from qafe import config as configs
+from qafe import dotted
 from qafe.data.cohort import Cohort
 from tracking.privacy import without_messages, without_paths
 from tracking.pseudonyms import load_key, pseudonym
@@ -52,7 +52,7 @@ class TrackTrials(Callback):
         self.tracker = tracker
         self.plan = plan
         self.cohort = cohort
-        self.base = configs.from_json(plan.config_json)
+        self.base = dotted.from_json(plan.config_json)
         self.folder = Path(plan.folder)
         self.searcher = searcher
         self.control = control
@@ -62,11 +62,11 @@ class TrackTrials(Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial was placed on a worker, for the first time or again."""
         self.searcher.placed(trial.trial_id)
-        config = configs.override(self.base, trial.config["settings"])
+        config = dotted.override(self.base, trial.config["settings"])
         number = trial.config["number"]
         self._batch.setdefault(number, config.train.batch_size)
         tags = trial_tags(config, self.cohort, number, self.plan.sampler)
-        self.tracker.trial_started(str(number), number, configs.flatten(without_paths(config)), tags)
+        self.tracker.trial_started(str(number), number, dotted.flatten(without_paths(config)), tags)
         if run_id := self.tracker.run_id(str(number), RUN_PATIENCE_S):  # before its first step
             self.searcher.link(trial.trial_id, run_id)
 
@@ -242,7 +242,7 @@ class MeasurePace(Callback):
 
     def __init__(self, plan: Plan, study: optuna.Study) -> None:
         self.plan = plan
-        self.whole_epochs = configs.from_json(plan.config_json).train.epochs
+        self.whole_epochs = dotted.from_json(plan.config_json).train.epochs
         self.study = study
         self.at_work: dict[int, Trial] = {}
         """Trials on a worker, by number."""

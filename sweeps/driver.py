@@ -19,8 +19,7 @@ import optuna
 import ray
 from ray import tune
 
-from qafe import config as configs
-from qafe import console
+from qafe import console, dotted
 from qafe.data.cohort import Cohort, load_cohort
 from qafe.errors import ConfigError, QafeError
 from tracking.connection import embedded_path, masked
@@ -67,7 +66,7 @@ def run_sweep(
         ManifestError: the dataset is gone.
         QafeError: a trial found data that cannot be read, or none finished.
     """
-    config = configs.from_json(plan.config_json)
+    config = dotted.from_json(plan.config_json)
     folder = Path(plan.folder)
     cohort = load_cohort(plan.data_root, config.data)
     if cohort.manifest.digest != plan.data_digest:

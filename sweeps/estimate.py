@@ -28,8 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qafe import config as configs
-from qafe import console
+from qafe import console, dotted
 from qafe.config import Config
 from qafe.data.cohort import load_cohort
 from qafe.errors import QafeError
@@ -76,7 +75,7 @@ def dry_run(plan: Plan, sweep: Sweep, *, json_file: Path | None = None) -> int:
     Raises:
         QafeError: a calibrating process failed.
     """
-    config = configs.from_json(plan.config_json)
+    config = dotted.from_json(plan.config_json)
     timings, start_s = calibrate(plan, sweep)
     found = summary(plan, sweep, config, timings, start_s)
     print_summary(found)
@@ -90,13 +89,13 @@ def dry_run(plan: Plan, sweep: Sweep, *, json_file: Path | None = None) -> int:
 
 def draw_configs(plan: Plan, sweep: Sweep, count: int) -> list[Config]:
     """The baseline, and random draws of the space."""
-    base = configs.from_json(plan.config_json)
+    base = dotted.from_json(plan.config_json)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=plan.seed))
     drawn = [base]
     while len(drawn) < count:
         trial = study.ask()
         sweep.space(Suggester(trial, base, frozenset(plan.pinned)))
-        drawn.append(configs.override(base, trial.params))
+        drawn.append(dotted.override(base, trial.params))
     return drawn
 
 
@@ -125,7 +124,7 @@ def calibrate(
     processes = [_start(worker, plan) for worker in range(workers)]
     try:
         for worker, process in enumerate(processes):
-            own = tuple(configs.to_json(config) for config in drawn[worker::workers])
+            own = tuple(dotted.to_json(config) for config in drawn[worker::workers])
             _send(process, json.dumps(dataclasses.asdict(dataclasses.replace(task, configs_json=own))))
         for process in processes:
             if _line(process).strip() != READY:

@@ -20,13 +20,13 @@ from typing import Any
 import optuna
 import torch
 
-from qafe import config as configs
-from qafe import console
+from qafe import console, dotted
 from qafe.config import PRESETS, Config
 from qafe.data.cohort import Cohort, choose_expressions, load_cohort, split_cohort
 from qafe.data.sample import VERSION, make_sample
+from qafe.device import amp_dtype
 from qafe.errors import ConfigError
-from qafe.train import amp_dtype, fit
+from qafe.train import fit
 from tracking.connection import connect, masked, resolve_uri
 from tracking.privacy import PATH_SETTINGS, without_paths
 from tracking.pseudonyms import load_key
@@ -188,8 +188,8 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
     sampler = _sampler(options, sweep, objectives)
     make_sampler(sampler, options.seed)
     warm_start = find_sweeps(options.warm_start, storage)
-    settings = configs.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
-    config = _with_whole_paths(configs.override(PRESETS[preset](), settings))
+    settings = dotted.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
+    config = _with_whole_paths(dotted.override(PRESETS[preset](), settings))
     data_root = (options.data_root or sample_root()).resolve()
     cohort = load_cohort(data_root, config.data)
     expressions = choose_expressions(cohort.manifest, options.expression or sweep.expressions)
@@ -197,9 +197,9 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
     sweep.check(config, pinned)
     trials = planned_trials(sweep, options.trials, config, pinned)
     amp_dtype(config.train, trial_device(gpus_per_trial))
-    splits = {configs.override(config, point).data.split_seed for point in sweep.points(config, pinned)}
+    splits = {dotted.override(config, point).data.split_seed for point in sweep.points(config, pinned)}
     for split, expression in itertools.product(sorted(splits), expressions):
-        settings_of = configs.override(config, {"data.split_seed": split})
+        settings_of = dotted.override(config, {"data.split_seed": split})
         part = split_cohort(cohort.store, cohort.manifest, settings_of.data).only(expression)
         # Checks all that it needs, and is not asked for an epoch.
         fit(settings_of, part.store, part.train, part.validation, device=torch.device("cpu"))
@@ -212,7 +212,7 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
         name=name,
         study=sweep.name,
         folder=str(storage / name),
-        config_json=configs.to_json(config),
+        config_json=dotted.to_json(config),
         pinned=tuple(sorted(pinned)),
         data_root=str(data_root),
         data_digest=cohort.manifest.digest,
@@ -370,8 +370,8 @@ def _taken(name: str, place: str) -> ConfigError:
 
 def _with_whole_paths(config: Config) -> Config:
     """Paths of weights as every worker can read them: a trial runs in a folder of its own."""
-    flat = configs.flatten(config)
-    return configs.override(config, {name: str(Path(flat[name]).resolve()) for name in PATH_SETTINGS if flat[name]})
+    flat = dotted.flatten(config)
+    return dotted.override(config, {name: str(Path(flat[name]).resolve()) for name in PATH_SETTINGS if flat[name]})
 
 
 def _without_landmarks(cohort: Cohort, expressions: tuple[str, ...]) -> frozenset[str]:
@@ -380,7 +380,7 @@ def _without_landmarks(cohort: Cohort, expressions: tuple[str, ...]) -> frozense
     if all(cohort.store.has_landmarks(s.patient, s.video) for s in samples if s.expression in expressions):
         return frozenset()
     print("there are no landmarks: how heatmaps are drawn is not searched", file=sys.stderr)
-    return frozenset(name for name in configs.flatten(Config()) if name.startswith("data.heatmap."))
+    return frozenset(name for name in dotted.flatten(Config()) if name.startswith("data.heatmap."))
 
 
 def clip_counts(cohort: Cohort, expressions: tuple[str, ...]) -> dict[str, int]:
@@ -431,7 +431,7 @@ def sweep_params(plan: Plan) -> dict[str, Any]:
     params |= {name: ",".join(getattr(plan, name)) for name in ("expressions", "objectives")}
     if plan.warm_start:
         params["warm_start"] = ",".join(Path(folder).name for folder in plan.warm_start)
-    return params | configs.flatten(without_paths(configs.from_json(plan.config_json)))
+    return params | dotted.flatten(without_paths(dotted.from_json(plan.config_json)))
 
 
 def study_tags(plan: Plan) -> dict[str, str]:

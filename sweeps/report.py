@@ -17,14 +17,14 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from qafe import config as configs
-from qafe import metrics
+from qafe import dotted, metrics
 from qafe.data.cohort import Cohort, load_cohort
 from qafe.data.dataset import ClipDataset
 from qafe.errors import CheckpointError
 from qafe.history import History, read_history
 from qafe.model import weights
-from qafe.train import BEST_FILE, predict
+from qafe.predict import predict
+from qafe.train import BEST_FILE
 
 from . import checkpoints
 from .noise import NOISE_SETTINGS, SPLIT, Noise, noise
@@ -178,7 +178,7 @@ def test_best(checkpoint: Path, data_root: str, expressions: Sequence[str], gpus
 
 
 def _score_test(checkpoint: Path, data_root: str, expressions: Sequence[str], gpus: float) -> TestResult | None:
-    config = configs.from_json((checkpoint / CONFIG_FILE).read_text())
+    config = dotted.from_json((checkpoint / CONFIG_FILE).read_text())
     cohort = load_cohort(data_root, config.data)
     device = trial_device(gpus)
     spearman, interval = {}, {}
@@ -239,7 +239,7 @@ def overview(plan: Plan, cohort: Cohort, trials: Sequence[TrialSummary], seconds
         "sweep": plan.name,
         "study": plan.study,
         "expressions": list(plan.expressions),
-        "preset": configs.from_json(plan.config_json).preset,
+        "preset": dotted.from_json(plan.config_json).preset,
         "data": {
             "name": cohort.manifest.name,
             "digest": plan.data_digest,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qafe import config as configs
+from qafe import dotted
 from qafe.config import Config
 from qafe.footprint import Estimate, available_bytes, resident_bytes, training_memory
 
@@ -116,4 +116,4 @@ def with_half_the_batch(config: Config) -> Config | None:
     if batch == 1:
         return None
     smaller = max(size for size in range(1, batch // 2 + 1) if step % size == 0)
-    return configs.override(config, {"train.batch_size": smaller, "train.accumulate": step // smaller})
+    return dotted.override(config, {"train.batch_size": smaller, "train.accumulate": step // smaller})

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qafe import config as configs
-from qafe import console
+from qafe import console, dotted
 from qafe.config import PRESETS
 from qafe.errors import ConfigError
 
@@ -126,7 +125,7 @@ def _main(options: argparse.Namespace) -> int:
         sweep = planned_sweep(plan)
         _check_resumable(plan, options)
         if options.extend is not None:
-            base, pinned = configs.from_json(plan.config_json), frozenset(plan.pinned)
+            base, pinned = dotted.from_json(plan.config_json), frozenset(plan.pinned)
             plan = dataclasses.replace(plan, trials=planned_trials(sweep, plan.trials + options.extend, base, pinned))
         if options.budget_gpu_hours is not None:
             plan = dataclasses.replace(plan, budget_hours=options.budget_gpu_hours)

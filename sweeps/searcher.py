@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from qafe import config as configs
+from qafe import dotted
 
 from .control import Control
 from .plan import Plan
@@ -71,7 +71,7 @@ class StudySearcher(Searcher):
         self.plan = plan
         self.places = places
         self.space = sweep.space
-        self.base = configs.from_json(plan.config_json)
+        self.base = dotted.from_json(plan.config_json)
         self.study = open_study(plan)
         self.pinned = frozenset(plan.pinned)
         points = sweep.points(self.base, self.pinned)

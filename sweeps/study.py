@@ -20,7 +20,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from qafe import config as configs
+from qafe import dotted
 from qafe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def open_study(plan: Plan) -> optuna.Study:
         if study.metric_names is None:
             study.set_metric_names(list(plan.objectives))
         study.sampler = make_sampler(plan.sampler, plan.seed, len(study.get_trials(deepcopy=False)))
-        epochs = configs.from_json(plan.config_json).train.epochs
+        epochs = dotted.from_json(plan.config_json).train.epochs
         study.pruner = PRUNERS[plan.scheduler](min(plan.grace_epochs, epochs), epochs)
     return study
 

@@ -14,9 +14,10 @@ import optuna
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from qafe.config import Config, flatten, override
+from qafe.config import Config
+from qafe.device import pick_device
+from qafe.dotted import flatten, override
 from qafe.errors import ConfigError
-from qafe.train import pick_device
 
 
 class Suggester:

@@ -33,8 +33,7 @@ import numpy as np
 import torch
 from ray import tune
 
-from qafe import config as configs
-from qafe import metrics
+from qafe import dotted, metrics
 from qafe.config import Config
 from qafe.data.cohort import split_cohort
 from qafe.data.manifest import Manifest, read_manifest
@@ -88,9 +87,9 @@ def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
     A trial that was interrupted goes on from its last intact checkpoint.
     """
     torch.set_num_threads(plan.threads)
-    planned = configs.override(configs.from_json(plan.base_json), parameters["settings"])
+    planned = dotted.override(dotted.from_json(plan.base_json), parameters["settings"])
     # The expressions train side by side: they share what one training would have. Numbers do not depend on it.
-    config = configs.override(planned, {"data.workers": planned.data.workers // len(plan.expressions)})
+    config = dotted.override(planned, {"data.workers": planned.data.workers // len(plan.expressions)})
     try:
         config = _as_fits(config, plan)
         while not _trained(parameters, plan, config):
@@ -121,7 +120,7 @@ def _as_fits(config: Config, plan: TrialPlan) -> Config:
     Raises:
         MemoryError: it has none for a single clip.
     """
-    device, base = trial_device(plan.gpus), configs.from_json(plan.base_json)
+    device, base = trial_device(plan.gpus), dotted.from_json(plan.base_json)
     room = room_bytes(device, plan.gpus, side_by_side(plan.cpus, plan.gpus, plan.trials))
     if surely_fits(config, base, plan.baseline_bytes, room):
         return config
@@ -157,9 +156,9 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
     )
     if resume_from is not None:
         history = read_history(resume_from)
-        held = configs.from_json((resume_from / CONFIG_FILE).read_text())
+        held = dotted.from_json((resume_from / CONFIG_FILE).read_text())
         if held.train.batch_size < config.train.batch_size:  # memory ran out before
-            config = configs.override(
+            config = dotted.override(
                 config, {"train.batch_size": held.train.batch_size, "train.accumulate": held.train.accumulate}
             )
     runs = {}
@@ -199,7 +198,7 @@ def _keep(config: Config, history: History, results: dict[str, EpochResult], pla
         try:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
-                (folder / CONFIG_FILE).write_text(configs.to_json(config))
+                (folder / CONFIG_FILE).write_text(dotted.to_json(config))
                 write_history(folder, history)
                 for expression, result in results.items():
                     result.save(folder / expression, synced=False)  # Ray's copy of it is what stays

@@ -20,7 +20,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from qafe import config as configs
+from qafe import dotted
 from qafe.errors import ConfigError
 
 from .plan import Plan, read_earlier
@@ -95,16 +95,16 @@ def _as_here(trial: FrozenTrial, plan: Plan, sweep: Sweep, earlier: Plan, label:
         return "failed" if trial.state == TrialState.FAIL else "not ended"
     if not np.isfinite([*(values or ()), *trial.intermediate_values.values()]).all():
         return "a score that is no number"
-    base, pinned = configs.from_json(plan.config_json), frozenset(plan.pinned)
+    base, pinned = dotted.from_json(plan.config_json), frozenset(plan.pinned)
     try:
-        wanted = configs.flatten(configs.override(configs.from_json(earlier.config_json), trial.params))
+        wanted = dotted.flatten(dotted.override(dotted.from_json(earlier.config_json), trial.params))
     except ConfigError:
         return "settings that are no longer a config"
     distributions, outside = sweep.place(base, pinned, wanted)
     if outside:
         return f"{outside[0]} is outside of the space"
     params = {name: wanted[name] for name in distributions}
-    here = configs.flatten(configs.override(base, params))
+    here = dotted.flatten(dotted.override(base, params))
     ignored = SAME_NUMBERS if "seconds" not in plan.objectives else frozenset({"preset"})
     other = [name for name in here if here[name] != wanted[name] and name not in ignored]
     if other:

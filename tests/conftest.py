@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qafe.config import Config, override, tiny
+from qafe.config import Config, tiny
 from qafe.data.sample import SampleConfig, make_sample
+from qafe.dotted import override
 
 torch.set_num_threads(1)
 

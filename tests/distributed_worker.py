@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from qafe.config import Config, override, tiny
+from qafe.config import Config, tiny
 from qafe.data.cohort import load_cohort
 from qafe.distributed import launched
+from qafe.dotted import override
 from qafe.train import EpochResult, fit
 
 from .conftest import QUICK

@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from qafe.config import PRESETS, Config, flatten, from_json, override, paper, parse_settings, tiny, to_json
+from qafe.config import PRESETS, Config, paper, tiny
+from qafe.dotted import flatten, from_json, override, parse_settings, to_json
 from qafe.errors import ConfigError
 
 

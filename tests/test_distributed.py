@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from qafe.__main__ import main
-from qafe.config import Config, override
+from qafe.config import Config
 from qafe.data.cohort import load_cohort
 from qafe.distributed import Ranks, Shares
+from qafe.dotted import override
 from qafe.history import read_history
 from qafe.model import weights
 from qafe.model.batchnorm import synchronise

@@ -9,21 +9,23 @@ import pytest
 import torch
 
 from qafe import footprint
-from qafe.config import Config, override, small
+from qafe.config import Config, small
+from qafe.dotted import override
 from qafe.errors import ConfigError
 from qafe.footprint import _LiveStorages, available_bytes, training_memory
 from qafe.losses import build_loss
 from qafe.model.qafenet import build
-from qafe.train import build_optimizer
+from qafe.optim import build_optimizer
 
 MEASURE = """
 import json, resource, sys, torch
-from qafe.config import PRESETS, override
+from qafe.config import PRESETS
+from qafe.dotted import override
 from qafe.footprint import resident_bytes
 from qafe.losses import build_loss
 from qafe.memory import freed_memory_kept, freed_memory_returned
 from qafe.model.qafenet import build
-from qafe.train import build_optimizer
+from qafe.optim import build_optimizer
 import copy
 torch.set_num_threads(1)
 config = override(PRESETS[sys.argv[1]](), json.loads(sys.argv[2]))

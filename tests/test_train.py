@@ -9,28 +9,28 @@ import pytest
 import torch
 from torch import nn
 
-from qafe.config import Config, TrainConfig, override
+from qafe.config import Config, TrainConfig
 from qafe.data.cohort import Cohort, choose_expressions, load_cohort
 from qafe.data.dataset import ClipBatch, ClipDataset
+from qafe.data.loader import clip_loader
+from qafe.device import amp_dtype, pick_device
+from qafe.dotted import override
 from qafe.errors import CheckpointError, ConfigError, ManifestError, MediaError
 from qafe.history import ExpressionHistory, read_history, write_history
 from qafe.losses import LOSSES
 from qafe.model import weights
 from qafe.model.qafenet import build
+from qafe.optim import lr_factor
+from qafe.predict import predict
 from qafe.score import SUFFIX, Scorer
 from qafe.train import (
     BEST_FILE,
     STATE_FILE,
     EpochResult,
-    _loader,
     _Run,
     _seeded,
-    amp_dtype,
     epoch_batches,
     fit,
-    lr_factor,
-    pick_device,
-    predict,
     step_sizes,
 )
 
@@ -327,7 +327,7 @@ def gradients_of_an_epoch(run: _Run, monkeypatch: pytest.MonkeyPatch) -> tuple[l
             norm.training = False
     torch.manual_seed(3)
     batches = epoch_batches(len(run.train_set), run.config.train.batch_size)
-    loss = run._train_epoch(_loader(run.train_set, batches, run.config, run.device))
+    loss = run._train_epoch(clip_loader(run.train_set, batches, run.config, run.device))
     return steps, loss
 
 
@@ -368,7 +368,7 @@ def test_both_passes_draw_the_same_dropout_and_statistics_count_once(
     monkeypatch.setattr(run, "_predict", spy)
     with _seeded(0, 1, run.device):
         batches = epoch_batches(len(run.train_set), 4)
-        run._train_epoch(_loader(run.train_set, batches, run.config, run.device))
+        run._train_epoch(clip_loader(run.train_set, batches, run.config, run.device))
         drawn = torch.rand(1)
     assert len(seen) == 4
     assert torch.equal(seen[0], seen[2])
@@ -380,7 +380,7 @@ def test_both_passes_draw_the_same_dropout_and_statistics_count_once(
         batches = epoch_batches(len(run.train_set), 4)
         monkeypatch.setattr(twin, "_step", lambda: None)
         monkeypatch.setattr(twin.schedule, "step", lambda: None)
-        twin._train_epoch(_loader(twin.train_set, batches, twin.config, twin.device))
+        twin._train_epoch(clip_loader(twin.train_set, batches, twin.config, twin.device))
         assert torch.equal(drawn, torch.rand(1)), "the second pass leaves the generator where the first did"
     ours, theirs = dict(run.model.named_buffers()), dict(twin.model.named_buffers())
     assert all(torch.equal(ours[name], theirs[name]) for name in ours), "statistics of one pass over the same clips"

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qafe import config as configs
+from qafe import dotted
 from qafe.history import History, read_history
 from qafe.model import weights
 from qafe.score import SUFFIX
@@ -34,8 +34,8 @@ def trial_files(checkpoint: Path, key: bytes) -> Iterator[Path]:
     history = read_history(checkpoint)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = without_paths(configs.from_json((checkpoint / "config.json").read_text()))
-        (folder / "config.json").write_text(configs.to_json(config))
+        config = without_paths(dotted.from_json((checkpoint / "config.json").read_text()))
+        (folder / "config.json").write_text(dotted.to_json(config))
         (folder / CHECKPOINT_FOLDER).mkdir()
         for expression in history:
             best = checkpoint / expression / BEST_FILE

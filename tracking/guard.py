@@ -27,8 +27,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qafe.config import Config, flatten
+from qafe.config import Config
 from qafe.data.cohort import Cohort
+from qafe.dotted import flatten
 
 from . import pictures
 from .pseudonyms import load_key, pseudonym

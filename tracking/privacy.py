@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qafe.config import Config, flatten, override
+from qafe.config import Config
+from qafe.dotted import flatten, override
 
 PATH_SETTINGS = ("model.rgb.weights", "model.heatmap.weights")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -34,16 +34,13 @@ class Crop:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, number: int, out: Frames) -> None:
-        """Copies one frame of the clip, flipped and then cropped, to [side,side,3]."""
+    def read(self, number: int) -> Frames:
+        """One frame of the clip, flipped and then cropped, [side,side,3]; where it is not flipped, a view."""
         top, left = self.offset
         if self.flip:  # A crop of the mirrored frame is the mirror of a crop from the other side.
             left = self.video.shape[2] - left - self.side
         crop = self.video[self.indices[number], top : top + self.side, left : left + self.side]
-        if self.flip:
-            cv2.flip(crop, 1, dst=out)
-        else:
-            out[:] = crop
+        return np.asarray(cv2.flip(crop, 1), np.uint8) if self.flip else crop
 
 
 def pixels(crops: Sequence[Crop]) -> UInt8[Tensor, "B T side side 3"]:
@@ -51,8 +48,8 @@ def pixels(crops: Sequence[Crop]) -> UInt8[Tensor, "B T side side 3"]:
     first = crops[0]
     copied = np.empty((len(crops), len(first), first.side, first.side, 3), np.uint8)
     for crop, clip in zip(crops, copied, strict=True):
-        for number, out in enumerate(clip):
-            crop.read(number, out)
+        for number, frame in enumerate(clip):
+            frame[:] = crop.read(number)
     return torch.from_numpy(copied)
 
 
@@ -64,29 +61,28 @@ def normalised(clips: UInt8[Tensor, "B T H W 3"] | Sequence[Crop]) -> Float[Tens
     """
     if isinstance(clips, Tensor):
         shape, device = clips.shape, clips.device
-        rows = clips.flatten(0, 1).flatten(2)  # BT H W3: colours by themselves would be short rows, and slow.
-        given = iter(rows) if device.type == "cpu" else iter([rows])
     else:
         side = clips[0].side
         shape, device = torch.Size((len(clips), len(clips[0]), side, side, 3)), torch.device("cpu")
-        given = _one_by_one(clips)
     mean, deviation = np.array(RGB_MEAN), np.array(RGB_STD)
     scale, shift = (
         torch.tensor(values, dtype=torch.float32, device=device).repeat(shape[3])
         for values in (1 / (255 * deviation), -mean / deviation)
     )
     out = torch.empty(shape, device=device)
-    rows = out.flatten(0, 1).flatten(2)
-    for levels, place in zip(given, rows if device.type == "cpu" else [rows], strict=True):
-        torch.addcmul(shift, place.copy_(levels), scale, out=place)
+    rows = out.flatten(0, 1).flatten(2)  # BT H W3: colours by themselves would be short rows, and slow.
+    if device.type == "cpu":
+        for frame, place in zip(_one_by_one(clips), rows, strict=True):
+            place.numpy()[:] = frame.reshape(place.shape)
+            torch.addcmul(shift, place, scale, out=place)
+    else:
+        assert isinstance(clips, Tensor)
+        torch.addcmul(shift, rows.copy_(clips.flatten(0, 1).flatten(2)), scale, out=rows)
     return out.permute(0, 4, 1, 2, 3)
 
 
-def _one_by_one(crops: Sequence[Crop]) -> Iterator[UInt8[Tensor, "H W3"]]:
-    """Each frame of each clip; the next takes its place in memory."""
-    frame = np.empty((crops[0].side, crops[0].side, 3), np.uint8)
-    row = torch.from_numpy(frame).flatten(1)
-    for crop in crops:
-        for number in range(len(crop)):
-            crop.read(number, frame)
-            yield row
+def _one_by_one(clips: UInt8[Tensor, "B T H W 3"] | Sequence[Crop]) -> Iterable[Frames]:
+    """Each frame of each clip, [H,W,3]."""
+    if isinstance(clips, Tensor):
+        return clips.flatten(0, 1).numpy()
+    return (crop.read(number) for crop in clips for number in range(len(crop)))

@@ -194,15 +194,29 @@ def _profiles(points: Tensor, config: HeatmapConfig) -> tuple[Tensor, Tensor]:
     first = torch.trunc(centre - window).clamp_(0, side)
     end = torch.trunc(centre + (window + 1)).clamp_(0, side)
     nearest = torch.minimum(torch.maximum(centre.round(), first), end - 1)
-    # All windows have the same width, and what the frame's edge cuts off is masked. The blur reads `half` pixels more
-    # to either side of the pixels that it changes, mirrored where the frame ends (BORDER_REFLECT_101).
-    step = torch.arange(2 * window + 2 + 4 * half, device=points.device).view(-1, 1, 1, 1)
-    pixel = (side - 1) - ((first - 2 * half) + step).abs_().sub_(side - 1).abs_()
+    # The blur reads `half` pixels more to either side of the pixels that it changes.
+    if _inside(first, end, max(1, 2 * half), side):
+        step = torch.arange(2 * window + 1, device=points.device).view(-1, 1, 1, 1)
+        values = centre.new_zeros(len(step) + 4 * half, *centre.shape)
+        torch.exp(_exponent(first + step, centre, nearest, config), out=values[2 * half : 2 * half + len(step)])
+    else:  # Windows are a pixel wider, what the frame's edge cuts off is masked, and it is a mirror to the blur.
+        step = torch.arange(2 * window + 2 + 4 * half, device=points.device).view(-1, 1, 1, 1)
+        pixel = (side - 1) - ((first - 2 * half) + step).abs_().sub_(side - 1).abs_()  # BORDER_REFLECT_101
+        values = _exponent(pixel, centre, nearest, config).exp_()
+        # Several times as fast as a mask of booleans.
+        values.mul_(pixel.sub_((first + end - 1) / 2).abs_().lt_((end - first) / 2))
+    return first.long() - half, _blurred(values, config.blur_px)
+
+
+def _inside(first: Tensor, end: Tensor, margin: int, side: int) -> bool:
+    """Whether every window, and a margin around it, lies inside the frame; not asked for on a GPU, which would wait."""
+    return first.device.type == "cpu" and bool(first.amin() >= margin) and bool(end.amax() <= side - margin)
+
+
+def _exponent(pixel: Tensor, centre: Tensor, nearest: Tensor, config: HeatmapConfig) -> Tensor:
+    """Of a Gaussian around the centre that is 1 at the nearest pixel."""
     far = (pixel - centre).square_() - (nearest - centre).square_()
-    value = far.mul_(-0.5 / config.sigma_px**2).clamp_(max=0).exp_()
-    # Several times as fast as a mask of booleans.
-    seen = pixel.sub_((first + end - 1) / 2).abs_().lt_((end - first) / 2)
-    return first.long() - half, _blurred(value.mul_(seen), config.blur_px)
+    return far.mul_(-0.5 / config.sigma_px**2).clamp_(max=0)
 
 
 def _sum_of_products(first: Tensor, profiles: Tensor, x: slice, y: slice) -> Tensor:

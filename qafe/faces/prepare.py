@@ -7,14 +7,10 @@ ends with the same bytes as one that was never disturbed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -24,77 +20,28 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ..errors import ConfigError, FaceError, ManifestError
-from ..markup import ALL_COUNT
-from ..store import CsvRow, Store, write_file
+from ..errors import ConfigError, ManifestError
+from ..store import CsvRow, Store
 from ..strata import draw_patients
-from .crop import SIZE_PX, CropKind, crop, crop_boxes
-from .detect import DEFAULT_MODELS, DEFAULT_ROOT, FaceModels, pack_files
+from .crop import SIZE_PX, crop, crop_boxes
+from .detect import FaceModels
 from .labels import Problem, Recording, read_labels, scores_by_patient
 from .quality import Meter
 from .report import Report, contact_sheet, write_report
-from .subject import Floats, Frame, overlap
-from .track import Track, TrackSettings, follow, one_euro
+from .settings import PrepareSettings, check_flag, claimed
+from .subject import Floats, Frame
+from .track import Track, follow, one_euro
 from .video import Video
 from .workers import each
 
-SETTINGS_FILE = "prepare.json"
 CSV_NAME = "cohort"
-VERSION = 1
-"""Raised when the same settings would give other crops or landmarks."""
-
 _CHUNK_FRAMES = 16
 _SHEET_FRAMES = 12
-_DEFAULT_HZ = 25.0
-_BOX_SHAPE = 0.72
-"""Width by height of the detector's box around an upright face."""
-_FILLED = 0.5
-"""Overlap of a face with its published crop."""
-
-_FLAGS = {"models": "--models", "crop": "--crop", "fps": "--fps", "smooth": "--smooth"} | {
-    "every_frames": "--detect-every",
-    "gap_frames": "--max-gap",
-    "min_detected": "--min-detected",
-}
+DEFAULT_HZ = 25.0
+"""Of frames whose rate nobody knows."""
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrepareSettings:
-    """How recordings are prepared."""
-
-    models: str = DEFAULT_MODELS
-    model_root: Path = DEFAULT_ROOT
-    crop: CropKind = "per_video"
-    fps: float | None = None
-    """Frames a second of what is written; None keeps the recording's own."""
-    smooth: bool = False
-    """Smooths landmarks with a 1 € filter."""
-    track: TrackSettings = dataclasses.field(default_factory=TrackSettings)
-    jpeg_quality: int = 95
-    memory_mb: int = 512
-    """The decoded frames that a worker may hold."""
-
-    def __post_init__(self) -> None:
-        _check("fps", self.fps is None or 0 < self.fps <= 1000, "above 0 and at most 1000", self.fps)
-        _check("detect-every", self.track.every_frames >= 1, "at least 1", self.track.every_frames)
-        _check("max-gap", self.track.gap_frames >= 0, "at least 0", self.track.gap_frames)
-        _check("min-detected", 0 < self.track.min_detected <= 1, "above 0 and at most 1", self.track.min_detected)
-        _check("memory-mb", self.memory_mb >= 0, "at least 0", self.memory_mb)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides about the bytes that are written, the models' content included."""
-        shown = dataclasses.asdict(self)
-        del shown["model_root"], shown["memory_mb"]
-        files = {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in pack_files(self.models, self.model_root)
-        }
-        return {"version": VERSION, **shown, "model_files": files}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +101,7 @@ def prepare_cohort(
         say(str(problem))
     test = _test_patients(recordings, test_patients, test_fraction, seed)
     FaceModels(settings.models, settings.model_root)
-    with _claimed(out, settings.identity(), resume) as store:
+    with claimed(out, settings.identity(), resume) as store:
         done: dict[str, Mapping[str, Any]] = {}
         jobs = []
         for recording in recordings:
@@ -209,11 +156,11 @@ def prepare_video(recording: Recording, *, videos: Path, out: Path, settings: Pr
         source_hz=recording.source_hz,
         memory_mb=settings.memory_mb,
     )
-    track = follow(video, _models(settings.models, settings.model_root), settings.track)
+    track = follow(video, face_models(settings.models, settings.model_root), settings.track)
     sizes = np.sqrt((track.boxes[:, 2:] - track.boxes[:, :2]).prod(axis=1))
     landmarks = track.landmarks
     if settings.smooth:
-        landmarks = one_euro(landmarks, video.hz or _DEFAULT_HZ, float(np.median(sizes)))
+        landmarks = one_euro(landmarks, video.hz or DEFAULT_HZ, float(np.median(sizes)))
     boxes = crop_boxes(settings.crop, track.boxes, video.height_px, video.width_px)
     meter = Meter((video.height_px, video.width_px))
     clipped = 0
@@ -243,84 +190,10 @@ def prepare_video(recording: Recording, *, videos: Path, out: Path, settings: Pr
     return record
 
 
-def add_landmarks(
-    root: Path,
-    settings: PrepareSettings,
-    *,
-    resume: bool = False,
-    executor: Executor | None = None,
-    workers: int = 1,
-    progress: Progress = lambda done, total: None,
-    say: Say = lambda text: None,
-) -> Outcome:
-    """Adds landmarks to a dataset that has face crops only, as the authors ship PFED5.
-
-    Raises:
-        QafeError: the dataset has no frames, or has landmarks already and ``resume`` is not set.
-    """
-    store = Store(root)
-    videos = store.videos()
-    if not videos:
-        raise ManifestError(f"a dataset must have frames/<patient>/<video>, found none in {root}. Name its folder.")
-    missing = [video for video in videos if not store.has_landmarks(*video)]
-    if len(missing) < len(videos) and not resume:
-        raise ManifestError(
-            f"the dataset must have no landmarks yet, and {len(videos) - len(missing)} of {len(videos)} videos have "
-            f"some ({root}/landmarks). Add --resume to keep them and make the others."
-        )
-    FaceModels(settings.models, settings.model_root)
-    problems, frames, found = [], 0, 0
-    with _locked(store):
-        store.clear_leftovers()
-        task = functools.partial(_add_landmarks_to, root=root.resolve(), settings=settings)
-        folders = (root, settings.model_root)
-        for count, (_, result) in enumerate(each(task, missing, executor, workers, folders), start=1):
-            if isinstance(result, Problem):
-                problems.append(result)
-                say(str(result))
-            else:
-                frames += result[0]
-                found += result[1]
-            progress(count, len(missing))
-    kept = len(videos) - len(missing)
-    return Outcome(len(videos) - len(problems), kept, problems, [], found / frames if frames else 1.0)
-
-
 @functools.lru_cache(maxsize=1)
-def _models(name: str, root: Path) -> FaceModels:
+def face_models(name: str, root: Path) -> FaceModels:
+    """The models, read once in each process."""
     return FaceModels(name, root)
-
-
-def _add_landmarks_to(video: tuple[str, str], *, root: Path, settings: PrepareSettings) -> tuple[int, int]:
-    """Finds landmarks in published crops; (frames looked at for a face, how many of them show one).
-
-    Such a crop is the detector's own box, stretched to a square. So its shape is given back, and the landmark network
-    is shown the box; the detector only confirms, now and then, that a face fills it.
-    """
-    cv2.setNumThreads(1)
-    store, models = Store(root), _models(settings.models, settings.model_root)
-    count, height = len(store.frame_paths(*video)), store.frame_shape(*video)[0]
-    width, border = round(height * _BOX_SHAPE), height // 2
-    box = np.array([border, border, border + width, border + height], np.float32)
-    landmarks = np.empty((count, ALL_COUNT, 2), np.float32)
-    looks, filled = 0, 0
-    for index in range(count):
-        crop = store.read_frames(*video, [index], height)[0]
-        face = cv2.resize(crop, (width, height), interpolation=cv2.INTER_AREA)
-        frame = np.pad(face, ((border, border), (border, border), (0, 0)), mode="edge")
-        if index % settings.track.every_frames == 0:
-            looks += 1
-            filled += any(overlap(found, box) > _FILLED for found in models.find(frame).boxes)
-        landmarks[index] = (models.landmarks(frame, box) - border) * [height / width, 1]
-    if filled < settings.track.min_detected * looks:
-        raise FaceError(
-            f"a face must fill the crops, and does in {filled} of {looks} that were looked at. "
-            "Prepare the recordings instead: python -m qafe prepare VIDEOS OUT --labels labels.csv."
-        )
-    if settings.smooth:
-        landmarks = one_euro(landmarks, settings.fps or _DEFAULT_HZ, float(height))
-    store.write_landmarks(*video, np.clip(landmarks, 0, height - 1))
-    return looks, filled
 
 
 def _job(videos: Path, recording: Recording) -> dict[str, Any]:
@@ -432,7 +305,7 @@ def _test_patients(recordings: list[Recording], wanted: Sequence[str] | None, fr
             f"{len(scores)}. Add rows to the labels."
         )
     if wanted is None:
-        _check("test-fraction", 0 < fraction < 1, "between 0 and 1", fraction)
+        check_flag("test-fraction", 0 < fraction < 1, "between 0 and 1", fraction)
         return draw_patients(scores, fraction, seed)
     test = {name.replace("_", "-") for name in wanted}
     unknown = sorted(test - scores.keys())
@@ -488,70 +361,3 @@ def _chunked(frames: Iterable[tuple[int, Frame]]) -> Iterator[tuple[list[int], l
             indices, held = [], []
     if held:
         yield indices, held
-
-
-@contextlib.contextmanager
-def _claimed(out: Path, identity: dict[str, Any], resume: bool) -> Iterator[Store]:
-    """The output folder, for this run alone, made with these settings."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"the output must be a folder, got the file {out}. Name another.")
-    store = Store.create(out)
-    with _locked(store):
-        kept = out / SETTINGS_FILE
-        # A run that was killed right at its start may have left no more than the beginning of its settings.
-        used = any(not entry.name.startswith(f".{SETTINGS_FILE}.") for entry in out.iterdir())
-        if used and not resume:
-            step = "Add --resume to go on with it" if kept.is_file() else "Name another"
-            raise ConfigError(f"the output folder must be new or empty, got {out}. {step}.")
-        text = json.dumps(identity, indent=1, sort_keys=True) + "\n"
-        if used:
-            _check_same(kept, json.loads(text), out)
-        else:
-            write_file(kept, text.encode())
-        store.clear_leftovers()
-        yield store
-
-
-@contextlib.contextmanager
-def _locked(store: Store) -> Iterator[None]:
-    descriptor = os.open(store.root, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as err:
-        os.close(descriptor)
-        raise ConfigError(f"one run at a time may write to {store.root}, and another is. Wait for it.") from err
-    except OSError:
-        _log.warning("%s: this disk knows no locks, see to it that no other run writes there", store.root)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _check_same(kept: Path, now: dict[str, Any], out: Path) -> None:
-    try:
-        before = json.loads(kept.read_bytes())
-        then = before | before["track"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise ConfigError(
-            f"--resume goes on with a folder that prepare has begun, and {out} is none. Name another."
-        ) from None
-    for key, flag in _FLAGS.items():
-        value = (now | now["track"])[key]
-        if then.get(key) != value:
-            raise ConfigError(
-                f"--resume needs the settings that {out} was begun with: {then.get(key)} there, {value} now ({flag}). "
-                "Give the same, or name another folder."
-            )
-    if before.get("model_files") != now["model_files"]:
-        raise ConfigError(
-            f"--resume needs the model files that {out} was begun with, and some of {now['models']!r} have changed "
-            "since (--models, --model-root). Put the old ones back, or name another folder."
-        )
-    if before != now:
-        raise ConfigError(f"--resume needs the version of prepare that {out} was begun with. Name another folder.")
-
-
-def _check(name: str, holds: bool, rule: str, value: object) -> None:
-    if not holds:
-        raise ConfigError(f"--{name} must be {rule}, got {value!r}. Correct it.")

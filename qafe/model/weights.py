@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from ..config import Config, HeatmapEncoderConfig, ModelConfig, from_json, to_json
+from ..config import Config, HeatmapEncoderConfig, ModelConfig
+from ..dotted import from_json, to_json
 from ..errors import CheckpointError, ConfigError
 from .qafenet import QAFENet, build
 

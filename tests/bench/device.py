@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qafe.config import PRESETS, HeatmapConfig
 from qafe.data import heatmap
+from qafe.device import pick_device
 from qafe.model.qafenet import build
-from qafe.train import pick_device
 
 from .heatmaps import SIDE_PX, SMALL_PX, landmarks, published
 from .rounds import Found, Row

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from torch.utils import benchmark
 
-from qafe.config import PRESETS, Config, override, paper
+from qafe.config import PRESETS, Config, paper
 from qafe.data import heatmap
 from qafe.data.dataset import ClipDataset, collate, model_inputs
+from qafe.data.loader import clip_loader
 from qafe.data.manifest import Sample
+from qafe.dotted import override
 from qafe.memory import freed_memory_kept
 from qafe.store import Store
-from qafe.train import _loader
 
 from .heatmaps import landmarks
 from .step import Measurement, make_step
@@ -186,7 +187,7 @@ def _workers(store: Store, videos: Sequence[Sample], clip: Config, workers: Sequ
     for series, settings in ((cached, NO_SETTINGS), (jpeg, {"data.cache_gb": 0})):
         for count in workers:
             dataset, config = _dataset(store, videos, override(clip, settings | {"data.workers": count}))
-            loader = _loader(dataset, _order(dataset, config), config, torch.device("cpu"))
+            loader = clip_loader(dataset, _order(dataset, config), config, torch.device("cpu"))
             times = []
             for number in range(3):  # The first pass starts the workers.
                 start = time.perf_counter()

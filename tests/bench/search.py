@@ -25,9 +25,10 @@ import numpy as np
 import optuna
 import torch
 
-from qafe.config import Config, override, paper, tiny
+from qafe.config import Config, paper, tiny
 from qafe.data.cohort import load_cohort
 from qafe.data.sample import SampleConfig, make_sample
+from qafe.dotted import override
 from qafe.train import fit
 from sweeps.studies import STUDIES
 from sweeps.study import BASELINE, PRUNERS, make_sampler

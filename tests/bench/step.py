@@ -191,7 +191,7 @@ def make_step(config: Config, wanted: Measurement, published: Path | None = None
     import torch
 
     from qafe.model.qafenet import build
-    from qafe.train import build_optimizer
+    from qafe.optim import build_optimizer
 
     device, how = torch.device(wanted.device), wanted.how
     if published is not None and how == "published":

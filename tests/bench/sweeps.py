@@ -27,9 +27,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qafe.config import Config, override, tiny
+from qafe.config import Config, tiny
 from qafe.data.cohort import load_cohort
 from qafe.data.sample import SampleConfig, make_sample
+from qafe.dotted import override
 from qafe.train import fit
 from sweeps.plan import Plan, sample_root
 from sweeps.progress import SECONDS

@@ -16,12 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from qafe.__main__ import main
-from qafe.config import Config, override, tiny
+from qafe.config import Config, tiny
 from qafe.data import cache as module
 from qafe.data.cache import FrameCache, cache_folder, cache_size, clear_cache, identity
 from qafe.data.cohort import load_cohort
 from qafe.data.dataset import ClipDataset, collate
 from qafe.data.manifest import read_manifest
+from qafe.dotted import override
 from qafe.store import Store
 from qafe.train import EpochResult, fit
 from tests.conftest import QUICK_FLAGS

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from qafe.config import PRESETS, Config, HeatmapConfig, flatten, override, tiny
+from qafe.config import PRESETS, Config, HeatmapConfig, tiny
 from qafe.data.dataset import Clip, ClipBatch, ClipDataset, collate, load_clip, model_inputs
 from qafe.data.frames import RGB_MEAN, RGB_STD, Crop, pixels
 from qafe.data.manifest import Sample, read_manifest
+from qafe.dotted import flatten, override
 from qafe.errors import ManifestError
 from qafe.store import Store
 from tests import reference

@@ -14,7 +14,7 @@ import numpy as np
 from qafe.errors import FaceError
 from qafe.faces import prepare
 from qafe.faces.labels import Recording
-from qafe.faces.prepare import PrepareSettings
+from qafe.faces.settings import PrepareSettings
 from qafe.faces.subject import Faces, Floats, Frame
 
 

@@ -27,7 +27,8 @@ from qafe.__main__ import main
 from qafe.data.manifest import read_manifest
 from qafe.errors import FaceError
 from qafe.faces import prepare
-from qafe.faces.prepare import PrepareSettings, prepare_cohort
+from qafe.faces.prepare import prepare_cohort
+from qafe.faces.settings import PrepareSettings
 from qafe.faces.video import Video
 from qafe.faces.workers import Workers
 from qafe.store import Store

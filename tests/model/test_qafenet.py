@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qafe.config import Config, HeatmapEncoderConfig, RGBEncoderConfig, override, paper, small, tiny
+from qafe.config import Config, HeatmapEncoderConfig, RGBEncoderConfig, paper, small, tiny
+from qafe.dotted import override
 from qafe.errors import ConfigError
 from qafe.model.heatmap3d import SlowOnly
 from qafe.model.qafenet import QAFENet, build

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qafe.config import Config, ModelConfig, RGBEncoderConfig, override, tiny
+from qafe.config import Config, ModelConfig, RGBEncoderConfig, tiny
+from qafe.dotted import override
 from qafe.errors import CheckpointError
 from qafe.model import weights
 from qafe.model.qafenet import QAFENet, build

@@ -5,7 +5,8 @@ from typing import Any
 
 import optuna
 
-from qafe.config import Config, tiny, to_json
+from qafe.config import Config, tiny
+from qafe.dotted import to_json
 from sweeps.plan import Plan
 from sweeps.results import OBJECTIVE
 from sweeps.searcher import StudySearcher

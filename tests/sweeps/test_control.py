@@ -19,7 +19,7 @@ import torch
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from qafe import config as configs
+from qafe import dotted
 from qafe.data.cohort import load_cohort
 from qafe.train import fit
 from sweeps import driver, pause, stop
@@ -297,7 +297,7 @@ def test_a_real_sweep_rests_and_goes_on_as_if_nothing_had_been(
     assert trials[0].user_attrs["attempts"] == 2
 
     # The same training without Ray, a pause or a checkpoint.
-    config = configs.override(configs.from_json(Plan.load(tmp_path / "s-1").config_json), trials[0].params)
+    config = dotted.override(dotted.from_json(Plan.load(tmp_path / "s-1").config_json), trials[0].params)
     part = load_cohort(str(sample_root), config.data).only("smile")
     unpaused = fit(config, part.store, part.train, part.validation, device=torch.device("cpu"))
     assert [epoch.best_spearman for epoch in unpaused] == list(trials[0].intermediate_values.values())

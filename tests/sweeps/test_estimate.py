@@ -14,7 +14,8 @@ import torch
 import sweeps.estimate
 import sweeps.plan
 import sweeps.room
-from qafe.config import Config, flatten, from_json, override, tiny
+from qafe.config import Config, tiny
+from qafe.dotted import flatten, from_json, override
 from sweeps.calibration import Timing
 from sweeps.estimate import Cost, calibrate, describe_space, draw_configs, simulate
 from sweeps.plan import Plan, draft_plan

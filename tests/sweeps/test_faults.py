@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 
-from qafe import config as configs
+from qafe import dotted
 from qafe.data.cohort import load_cohort
 from qafe.train import STATE_FILE, fit
 from sweeps import checkpoints
@@ -116,7 +116,7 @@ def as_if_undisturbed(sweep: Sweep, trial: FrozenTrial) -> None:
     plan = Plan.load(sweep.storage / "s-1")
     folder = checkpoints.last(sweep.storage / "s-1", trial.number)
     assert folder is not None
-    config = configs.from_json((folder / CONFIG_FILE).read_text())
+    config = dotted.from_json((folder / CONFIG_FILE).read_text())
     part = load_cohort(plan.data_root, config.data).only(plan.expressions[0])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import sweeps.driver
-from qafe.config import from_json, override, tiny
+from qafe.config import tiny
 from qafe.data.cohort import load_cohort
+from qafe.dotted import from_json, override
 from sweeps import provenance
 from sweeps.plan import Plan
 from sweeps.provenance import trial_tags

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qafe.config import override, tiny
+from qafe.config import tiny
+from qafe.dotted import override
 from sweeps.results import DIVERGED, FAILED_AS
 from sweeps.searcher import StudySearcher
 from sweeps.studies import STUDIES

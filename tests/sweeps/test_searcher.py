@@ -6,7 +6,8 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from qafe.config import PRESETS, flatten, override, tiny
+from qafe.config import PRESETS, tiny
+from qafe.dotted import flatten, override
 from qafe.errors import ConfigError
 from sweeps.plan import Plan
 from sweeps.results import OBJECTIVE

@@ -17,8 +17,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from qafe import config as configs
-from qafe.config import override, tiny
+from qafe import dotted
+from qafe.config import tiny
+from qafe.dotted import override
 from sweeps import status
 from sweeps.control import PAUSE, Control
 from sweeps.folder import LOCK_FILE, REPORT_FOLDER, SUMMARY_FILE, find_sweep
@@ -36,7 +37,7 @@ def make_sweep(storage: Path, name: str = "s-1", *, trials: int = 5, gpus: float
     """A sweep's folder with its plan in it."""
     plan = Plan(
         id=name, name=name, study="fusion_search", folder=str(storage / name),
-        config_json=configs.to_json(override(tiny(), {"train.epochs": 4})), pinned=(), data_root="/secret/patients",
+        config_json=dotted.to_json(override(tiny(), {"train.epochs": 4})), pinned=(), data_root="/secret/patients",
         data_digest="d", expressions=("smile",), trials=trials, seed=0, cpus_per_trial=1.0, gpus_per_trial=gpus,
         time_budget_s=None, tracking_uri="sqlite:////nowhere.db", grace_epochs=4, scheduler="none",
     )  # fmt: skip

@@ -9,7 +9,8 @@ from ray import cloudpickle
 from ray.tune.search import Searcher
 
 import sweeps.driver
-from qafe.config import override, tiny
+from qafe.config import tiny
+from qafe.dotted import override
 from qafe.errors import ConfigError
 from sweeps.noise import noise, sentences
 from sweeps.plan import STUDY_FILE, STUDY_FOLDER, Plan, planned_trials, study_tags

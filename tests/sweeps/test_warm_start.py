@@ -6,7 +6,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from qafe.config import override, tiny
+from qafe.config import tiny
+from qafe.dotted import override
 from sweeps.plan import Plan
 from sweeps.report import summarise
 from sweeps.searcher import StudySearcher

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from qafe.config import Config, override
+from qafe.config import Config
 from qafe.data.heatmap import draw
+from qafe.dotted import override
 from qafe.history import Epoch, ExpressionHistory
 from tracking import plots
 from tracking.pseudonyms import pseudonym

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from qafe import config as configs
+from qafe import dotted
 from qafe.config import Config
 from qafe.data.cohort import load_cohort
 from qafe.errors import TrackingError
@@ -32,7 +32,7 @@ def checkpoint(sample_root: Path, quick: Config, tmp_path_factory: pytest.TempPa
         entry.add(result)
         result.save(folder / "smile")
     write_history(folder, {"smile": entry})
-    (folder / "config.json").write_text(configs.to_json(quick))
+    (folder / "config.json").write_text(dotted.to_json(quick))
     return folder
 
 
@@ -113,7 +113,7 @@ def test_a_sweep_becomes_a_parent_and_its_children(
         "figures/example_heatmap.png",
         "figures/fusion_attention.png",
     } <= names
-    assert configs.from_json((folder / "config.json").read_text())
+    assert dotted.from_json((folder / "config.json").read_text())
     with open(folder / "predictions.csv") as table:
         rows = list(csv.DictReader(table))
     history = json.loads((checkpoint / "history.json").read_text())["smile"]

@@ -1,0 +1,53 @@
+"""Where a model is computed, and in what precision."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+
+from .config import TrainConfig
+from .distributed import local_rank
+from .errors import ConfigError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device to train on: ``auto`` takes a GPU where there is one.
+
+    Each of the processes that torchrun started takes the GPU of its number.
+
+    Raises:
+        ConfigError: the named device does not exist here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank() is not None:
+        name = f"cuda:{local_rank()}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise ConfigError(f"the device must be auto, cpu or a GPU that exists, got {name!r} (--device).") from err
+    return device
+
+
+def amp_dtype(settings: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """What ``train.precision`` means on this device; None is plain float32.
+
+    A CPU is left at float32 by ``auto``: torch computes bf16 convolutions slowly where the processor lacks AVX512.
+    """
+    choice = settings.precision
+    if choice == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if choice == "fp16" and device.type == "cpu":
+        raise ConfigError("fp16 needs a GPU, got device cpu (train.precision). Set train.precision=bf16 or fp32.")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory that this process has held: of a GPU since its statistics were reset, else ever."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
