@@ -38,6 +38,7 @@ def _score(model: QAFENet, batch: ClipBatch, config: Config, device: torch.devic
 
 
 def scores_of(model: QAFENet, loader: DataLoader[Clip], config: Config, device: torch.device) -> Tensor:
+    """Scores [N] of a loader's clips, in its order, on the device."""
     model.eval()
     # Left on the device: a GPU need not wait for each batch to be copied back.
     scores = [_score(model, batch, config, device) for batch in read_batches(loader)]
@@ -45,5 +46,6 @@ def scores_of(model: QAFENet, loader: DataLoader[Clip], config: Config, device: 
 
 
 def as_array(scores: Tensor) -> np.ndarray:
+    """Scores [N] as float64 in the processor's memory; waits for the device."""
     array: np.ndarray = scores.double().cpu().numpy()
     return array

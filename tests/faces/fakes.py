@@ -95,7 +95,7 @@ def wait_for(holds: Callable[[], bool], timeout_s: float = 60) -> None:
 def measure_memory(videos: Path, source: str, out: Path) -> None:
     """Prepares one recording with fake models and prints the peak of this process' memory in KiB."""
     cv2.setNumThreads(1)
-    prepare._models = lambda name, root: FakeModels()  # type: ignore[assignment,return-value]
+    prepare.face_models = lambda name, root: FakeModels()  # type: ignore[assignment,return-value]
     recording = Recording("P1", Path(source).stem, source, "smile", 1.0, None, None, None)
     prepare.prepare_video(recording, videos=videos, out=out, settings=PrepareSettings(memory_mb=50))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -26,7 +26,7 @@ import pytest
 from qafe.__main__ import main
 from qafe.data.manifest import read_manifest
 from qafe.errors import FaceError
-from qafe.faces import prepare
+from qafe.faces import landmarks_only, prepare
 from qafe.faces.prepare import prepare_cohort
 from qafe.faces.settings import PrepareSettings
 from qafe.faces.video import Video
@@ -77,8 +77,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command runs in threads of this process and finds a face in every frame that is not black."""
     pytest.importorskip("albumentations", reason="the extra faces is not installed")
     models = fakes.FakeModels()
-    monkeypatch.setattr(prepare, "FaceModels", lambda *_: models)
-    monkeypatch.setattr(prepare, "_models", lambda *_: models)
+    for module in (prepare, landmarks_only):
+        monkeypatch.setattr(module, "FaceModels", lambda *_: models)
+        monkeypatch.setattr(module, "face_models", lambda *_: models)
     monkeypatch.setattr("qafe.faces.workers.Workers", ThreadPoolExecutor)
 
 
