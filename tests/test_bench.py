@@ -325,7 +325,7 @@ def test_tracking_at_the_smallest_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_sweeps_at_the_smallest_size(tmp_path: Path) -> None:
-    found = sweeps.bench(short_trials=20, long_trials=0, figure=tmp_path / "figure.png")
+    found = sweeps.bench(short_trials=20, long_trials=0, workers=2, figure=tmp_path / "figure.png")
     assert len(found.rows) == 1
     assert found.rows[0].ours[0] > found.rows[0].rival[0] > 0
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = subjects.add_parser("sweeps", parents=[common], help="a sweep's time and memory beside its training")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw memory and time over trials")
     sub.add_argument("--trials", type=int, default=200, help="short ones (default: %(default)s; 0: none)")
+    sub.add_argument("--workers", type=int, default=2, help="trials side by side (default: %(default)s)")
     sub.add_argument("--long-trials", type=int, default=32, help="of a minute (default: %(default)s; 0: none)")
     subjects.add_parser("tracking", parents=[common], help="what tracking costs, and metrics a second")
     sub = subjects.add_parser("faces", parents=[common], help="raw video -> crops and landmarks")
@@ -169,7 +170,7 @@ def _found(options: argparse.Namespace) -> Found:
     if subject == "sweeps":
         from . import sweeps
 
-        return sweeps.bench(options.trials, options.long_trials, figure=options.plot)
+        return sweeps.bench(options.trials, options.long_trials, options.workers, figure=options.plot)
     if subject == "tracking":
         from . import tracking
 

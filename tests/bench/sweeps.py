@@ -38,7 +38,6 @@ from sweeps.study import open_study, own_trials
 
 from .rounds import Found, Row
 
-WORKERS = 2
 LONG_TRIAL_S = 60
 EXPRESSION = "smile"
 LONG = {"data.repeats": 8}
@@ -69,12 +68,14 @@ class _Sweep:
         ended: when the trials ended, in order (time.time).
     """
 
-    def __init__(self, folder: Path, data: Path, study: str, *flags: str) -> None:
+    def __init__(self, folder: Path, data: Path, study: str, *flags: str, workers: int) -> None:
         folder.mkdir()
-        cores = str(max(1, (os.cpu_count() or 1) // WORKERS))
         line = [sys.executable, "-m", "sweeps.run", study, "--storage", str(folder), "--name", "s", *flags]
-        line += ["--data-root", str(data), "--expression", EXPRESSION, "--cpus-per-trial", cores]
-        environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:////{str(folder / 'mlflow.db').lstrip('/')}"}
+        line += ["--data-root", str(data), "--expression", EXPRESSION]
+        environment = os.environ | {
+            "MLFLOW_TRACKING_URI": f"sqlite:////{str(folder / 'mlflow.db').lstrip('/')}",
+            "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": workers}),
+        }
         self.memory_mb: list[tuple[float, float]] = []
         used: dict[int, float] = {}
         with open(folder / "log", "wb") as log:
@@ -102,35 +103,37 @@ class _Sweep:
         self.seconds = [float(trial.user_attrs[SECONDS]) for trial in own_trials(open_study(Plan.load(folder / "s")))]
 
 
-def bench(short_trials: int, long_trials: int, figure: Path | None = None) -> Found:
+def bench(short_trials: int, long_trials: int, workers: int, figure: Path | None = None) -> Found:
     """Wall time of sweeps against the training in them; and the driver's memory over many trials.
 
     Args:
         short_trials, long_trials: how many; 0 leaves that part out.
+        workers: trials side by side, of one thread each. Where there are as many as cores, the driver, Ray and MLflow
+            take their time from the trials.
     """
     found = Found([])
     with tempfile.TemporaryDirectory() as name:
         if long_trials:
-            found.rows.append(_long(Path(name), long_trials))
+            found.rows.append(_long(Path(name), long_trials, workers))
         else:
             found.left_out.append("trials of a minute (--long-trials)")
         if short_trials:
-            found.rows.append(_short(Path(name), short_trials, figure))
+            found.rows.append(_short(Path(name), short_trials, workers, figure))
         else:
             found.left_out.append("short trials (--trials)")
     return found
 
 
-def _long(folder: Path, trials: int) -> Row:
+def _long(folder: Path, trials: int, workers: int) -> Row:
     """Trials that differ in their seeds alone, so that all take as long; alone before and after the sweep."""
     data = sample_root()
-    with ProcessPoolExecutor(WORKERS, get_context("spawn")) as alone:
-        _alone(alone, [override(tiny(), LONG | {"train.epochs": 1})] * WORKERS, data)  # starts them
-        probe = _alone(alone, [override(tiny(), LONG | {"train.epochs": 3})] * WORKERS, data)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as alone:
+        _alone(alone, [override(tiny(), LONG | {"train.epochs": 1})] * workers, data)  # starts them
+        probe = _alone(alone, [override(tiny(), LONG | {"train.epochs": 3})] * workers, data)
         three = statistics.mean(wall for wall, _ in probe)
         settings = LONG | {"train.epochs": max(3, round(3 * LONG_TRIAL_S / three))}
         config = override(tiny(), settings)
-        found = _alone(alone, [config] * WORKERS, data)
+        found = _alone(alone, [config] * workers, data)
         study = folder / "seeds.py"
         study.write_text(STUDY.format(trials=trials))
         sweep = _Sweep(
@@ -139,23 +142,24 @@ def _long(folder: Path, trials: int) -> Row:
             str(study),
             *("--preset", "tiny"),
             *(flag for name, value in settings.items() for flag in ("--set", f"{name}={value}")),
+            workers=workers,
         )
-        found += _alone(alone, [config] * WORKERS, data)
+        found += _alone(alone, [config] * workers, data)
     each, cpu = [wall for wall, _ in found], statistics.mean(cpu for _, cpu in found)
-    trained = statistics.mean(each) * trials / WORKERS
+    trained, counted = statistics.mean(each) * trials / workers, sum(sweep.seconds) / workers
     return Row(
-        f"sweep of {trials} trials of {statistics.mean(each):.0f} s ({config.train.epochs} epochs), {WORKERS} workers",
+        f"sweep of {trials} trials of {statistics.mean(each):.0f} s ({config.train.epochs} epochs), {workers} workers",
         "sweep",
         [sweep.wall_s],
         [trained],
         rival_name="its training alone",
         notes=[
-            f"wall over training: {sweep.wall_s / trained:.3f} of the whole command, {sweep.trials_s / trained:.3f} "
-            "from the first trial's start to the last trial's end",
+            f"wall over training alone: {sweep.wall_s / trained:.3f} of the whole command, "
+            f"{sweep.trials_s / trained:.3f} from the first trial's start to the last trial's end",
+            f"wall over the training in the trials: {sweep.wall_s / counted:.3f}, {sweep.trials_s / counted:.3f}",
             f"once a sweep: {sweep.start_s:.1f} s until a worker trains, {sweep.report_s:.1f} s for test and report",
-            f"beside its training a trial takes {(sweep.trials_s - trained) * WORKERS / trials:.2f} s, its "
+            f"beside its training a trial takes {(sweep.trials_s - trained) * workers / trials:.2f} s, its "
             f"{config.train.epochs} checkpoints included",
-            f"{sum(sweep.seconds) / WORKERS / sweep.trials_s:.3f} of its workers' time in that span is training",
             f"CPU time: {sweep.cpu_s:.0f} s of the whole command, {cpu * trials:.0f} s of the trainings alone",
             f"training alone: {min(each):.1f} to {max(each):.1f} s a trial, before and after the sweep",
         ],
@@ -176,7 +180,7 @@ def _train(config: Config, data: Path) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - cpu
 
 
-def _short(folder: Path, trials: int, figure: Path | None) -> Row:
+def _short(folder: Path, trials: int, workers: int, figure: Path | None) -> Row:
     data = make_sample(folder / "data", SampleConfig(train_patients=8, test_patients=2, clips=2))
     settings = [flag for name, value in QUICK.items() for flag in ("--set", f"{name}={value}")]
     sweep = _Sweep(
@@ -184,14 +188,15 @@ def _short(folder: Path, trials: int, figure: Path | None) -> Row:
         data,
         "fusion_search",
         *("--trials", str(trials), "--preset", "tiny", "--scheduler", "none", "--sampler", "random", *settings),
+        workers=workers,
     )
-    each = [(b - a) * WORKERS for a, b in zip(sweep.ended, sweep.ended[1:], strict=False)]
+    each = [(b - a) * workers for a, b in zip(sweep.ended, sweep.ended[1:], strict=False)]
     fixed = [seconds - statistics.mean(sweep.seconds) for seconds in each]
     third = len(each) // 3
     trained_mb = [held for at, held in sweep.memory_mb if sweep.start_s < at < sweep.start_s + sweep.trials_s]
     begun = len(trained_mb) // 10
     if figure is not None:
-        _draw(sweep, each, figure)
+        _draw(sweep, each, workers, figure)
     return Row(
         f"{trials} trials of {statistics.mean(sweep.seconds):.1f} s",
         "trial",
@@ -207,7 +212,7 @@ def _short(folder: Path, trials: int, figure: Path | None) -> Row:
     )
 
 
-def _draw(sweep: _Sweep, each: list[float], file: Path) -> None:
+def _draw(sweep: _Sweep, each: list[float], workers: int, file: Path) -> None:
     picture = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = picture.subplots(1, 2)
     left.plot(*zip(*sweep.memory_mb, strict=True))
@@ -215,6 +220,6 @@ def _draw(sweep: _Sweep, each: list[float], file: Path) -> None:
         left.axvline(at, color="grey", linestyle=":")
     left.set(xlabel="seconds (between the lines: trials)", ylabel="driver's memory (MB)", ylim=(0, None))
     right.plot(range(2, len(each) + 2), each, ".")
-    right.set(xlabel="trial", ylabel=f"seconds a trial ({WORKERS} workers)", ylim=(0, None))
+    right.set(xlabel="trial", ylabel=f"seconds a trial ({workers} workers)", ylim=(0, None))
     FigureCanvasAgg(picture)
     picture.savefig(file)
