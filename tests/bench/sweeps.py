@@ -148,7 +148,7 @@ def _long(folder: Path, trials: int, workers: int) -> Row:
     each, cpu = [wall for wall, _ in found], statistics.mean(cpu for _, cpu in found)
     trained, counted = statistics.mean(each) * trials / workers, sum(sweep.seconds) / workers
     return Row(
-        f"sweep of {trials} trials of {statistics.mean(each):.0f} s ({config.train.epochs} epochs), {workers} workers",
+        f"sweep of {trials} trials of {statistics.mean(each):.0f} s ({config.train.epochs} epochs), workers: {workers}",
         "sweep",
         [sweep.wall_s],
         [trained],
