@@ -104,6 +104,20 @@ def train(settings: dict[str, Any], data: Path, base: Config) -> Iterator[tuple[
         yield (result.best_spearman,) * 2
 
 
+def once(learn: Learn) -> Learn:
+    """Trains each settings once: both searches begin with the same random trials, and a training repeats itself."""
+    begun: dict[tuple[tuple[str, Any], ...], tuple[list[tuple[float, float]], Iterator[tuple[float, float]]]] = {}
+
+    def remembered(settings: dict[str, Any]) -> Iterator[tuple[float, float]]:
+        seen, rest = begun.setdefault(tuple(sorted(settings.items())), ([], learn(settings)))
+        yield from seen
+        for result in rest:
+            seen.append(result)
+            yield result
+
+    return remembered
+
+
 def search(
     sampler: str,
     scheduler: str,
@@ -170,7 +184,7 @@ def _on_sample(seed: int, data: Path) -> tuple[int, float]:
     torch.set_num_threads(1)
     settings = {"train.epochs": EPOCHS, "train.seed": seed, "data.validation_fraction": 0.5}
     base = override(tiny(), settings | {"data.repeats": SAMPLE_REPEATS})
-    return compare(seed, base, partial(train, data=data, base=base), SAMPLE_TRIALS)
+    return compare(seed, base, once(partial(train, data=data, base=base)), SAMPLE_TRIALS)
 
 
 def _row(objective: str, trials: int, found: list[tuple[int, float]], about: str) -> Row:
