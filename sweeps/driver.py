@@ -33,7 +33,7 @@ from .executor import probe
 from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
 from .live import LiveView
 from .notify import Outcome, notified
-from .plan import STUDY_FOLDER, Plan, clip_counts, study_tags, sweep_params
+from .plan import STUDY_FOLDER, Plan, study_tags, sweep_params
 from .provenance import source_tags, sweep_tags, write_diff
 from .refresh import RefreshReport
 from .results import OBJECTIVE
@@ -74,7 +74,7 @@ def run_sweep(
             f"a sweep must go on with the data that it began with, {plan.data_root} has changed since. "
             "Start a new sweep."
         )
-    clips = clip_counts(cohort, plan.expressions)
+    clips = cohort.clip_counts(plan.expressions)
     say(
         f"sweep {plan.name}: {plan.trials} trials of {config.preset} on {', '.join(plan.expressions)} "
         f"({', '.join(f'{count} {part}' for part, count in clips.items())} clips of {plan.data_root})"
@@ -120,7 +120,7 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
         params=sweep_params(plan),
         tags=source_tags() | sweep_tags(plan, cohort) | study_tags(plan),
         dataset=(cohort.manifest.name, cohort.manifest.digest),
-        clips=clip_counts(cohort, plan.expressions),
+        clips=cohort.clip_counts(plan.expressions),
         secrets=Secrets.of_cohort(cohort, plan.folder, Path(plan.folder).parent),
         identifiable=plan.identifiable,
     )

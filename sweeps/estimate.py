@@ -36,7 +36,7 @@ from qafe.footprint import training_memory
 
 from . import calibration
 from .calibration import READY, Task, Timing
-from .plan import Plan, clip_counts
+from .plan import Plan
 from .room import process_bytes, room_bytes, side_by_side
 from .study import PRUNERS
 from .sweep import Suggester, Sweep, trial_device
@@ -197,7 +197,7 @@ def summary(plan: Plan, sweep: Sweep, config: Config, timings: Sequence[Timing],
         "study": plan.study,
         "preset": config.preset,
         "expressions": list(plan.expressions),
-        "clips": clip_counts(cohort, plan.expressions),
+        "clips": cohort.clip_counts(plan.expressions),
         "space": describe_space(sweep, config, frozenset(plan.pinned)),
         "baseline": sweep.baseline(config, frozenset(plan.pinned)),
         "resources": {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +105,39 @@ def driven_sweep(storage: Path, name: str) -> SweepFolder:
             f"Go on with it:  python -m sweeps.run {study} {then} --name {name}"
         )
     return sweep
+
+
+def name_taken(name: str, place: str) -> ConfigError:
+    """The error of a new sweep that is called as another."""
+    return ConfigError(
+        f"a sweep's name must be new, {name} is in {place}. "
+        f"Go on with it (--resume --name {name}), add trials (--extend 16 --name {name}) or choose another --name."
+    )
+
+
+def free_name(storage: Path, study: str, taken: Callable[[str], bool]) -> str:
+    """The study's name with the next number that is free here and in the tracking store."""
+    number = max(_numbered(storage, study), default=0) + 1
+    while taken(f"{study}-{number}"):
+        number += 1
+    return f"{study}-{number}"
+
+
+def last_name(storage: Path, study: str) -> str:
+    """The study's sweep with the highest number.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    names = _numbered(storage, study)
+    if not names:
+        raise ConfigError(f"there is no {study} sweep to resume in {storage}. Name it with --name or --storage.")
+    return names[max(names)]
+
+
+def _numbered(storage: Path, study: str) -> dict[int, str]:
+    found = storage.glob(f"{study}-*") if storage.is_dir() else []
+    return {int(tail): path.name for path in found if (tail := path.name.removeprefix(f"{study}-")).isdigit()}
 
 
 def _read(path: Path) -> SweepFolder | None:

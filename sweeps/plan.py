@@ -1,41 +1,21 @@
-"""What a sweep is going to do, checked before anything starts, and kept in its folder."""
+"""What a sweep does, kept in its folder."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import hashlib
-import itertools
 import json
 import os
-import re
-import sys
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optuna
-import torch
-
-from qafe import console, dotted
-from qafe.config import PRESETS, Config
-from qafe.data.cohort import Cohort, choose_expressions, load_cohort, split_cohort
-from qafe.data.sample import VERSION, make_sample
-from qafe.device import amp_dtype
+from qafe import dotted
 from qafe.errors import ConfigError
-from qafe.train import fit
-from tracking.connection import connect, masked, resolve_uri
-from tracking.privacy import PATH_SETTINGS, without_paths
-from tracking.pseudonyms import load_key
-from tracking.runs import sweep_exists
+from tracking.privacy import without_paths
 
-from .folder import PLAN_FILE
-from .room import fitting, room_bytes, side_by_side, trial_bytes
-from .study import DIRECTIONS, GRID, LEARNERS, Objective, Sampler, Scheduler, make_sampler, read_study
-from .sweep import Sweep, trial_device
+from .folder import PLAN_FILE, name_taken
+from .study import Objective, Sampler, Scheduler
 
 KEPT_CHECKPOINTS = 5
 STUDY_FOLDER = "study"
@@ -111,7 +91,7 @@ class Plan:
         try:
             Path(self.folder).mkdir()
         except FileExistsError as err:
-            raise _taken(self.name, str(Path(self.folder).parent)) from err
+            raise name_taken(self.name, str(Path(self.folder).parent)) from err
         if source:
             (Path(self.folder) / STUDY_FOLDER).mkdir()
             (Path(self.folder) / STUDY_FOLDER / STUDY_FILE).write_text(source)
@@ -141,287 +121,6 @@ class Plan:
                 f"only a sweep that was started can be resumed, there is no plan in {folder} ({type(err).__name__}). "
                 "Name it with --name and --storage, or start it without --resume."
             ) from err
-
-
-def make_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
-    """A new sweep's plan from the command line's options, written to its folder.
-
-    Whatever cannot work is found here, before Ray starts; nothing is written until all of it can.
-
-    Raises:
-        QafeError: a setting, the data, the tracking store, the resources or a name that is taken.
-    """
-    plan = draft_plan(options, sweep, storage)
-    client = connect(plan.tracking_uri)
-    load_key()  # a damaged key is found now, not after the first trial
-    if options.name and sweep_exists(client, options.name):
-        raise _taken(options.name, masked(plan.tracking_uri))
-    storage.mkdir(parents=True, exist_ok=True)
-    if not options.name:
-        name = free_name(storage, sweep, lambda taken: sweep_exists(client, taken))
-        plan = dataclasses.replace(plan, name=name, folder=str(storage / name))
-    plan.make_folder(sweep.source)
-    return plan
-
-
-def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
-    """A new sweep's plan that is written nowhere: the tracking store is not asked, and no name is taken.
-
-    Raises:
-        QafeError: a setting, the data, the resources, a model too large for this machine, or a name that is taken.
-    """
-    gpus = torch.cuda.device_count()
-    if options.address and (options.preset is None or options.gpus_per_trial is None):
-        raise ConfigError(
-            "this machine does not know a cluster's GPUs: with --address, say --preset and --gpus-per-trial, too."
-        )
-    preset = options.preset or ("paper" if gpus and options.data_root else "tiny")
-    gpus_per_trial = float(gpus > 0) if options.gpus_per_trial is None else options.gpus_per_trial
-    trials = sweep.trials if options.trials is None else options.trials
-    _check_resources(options, trials, gpus_per_trial, gpus)
-    name = options.name or ""
-    if not re.fullmatch(r"[A-Za-z0-9._-]*", name):
-        raise ConfigError(f"a sweep's name is made of letters, digits, '.', '_' and '-', got {name!r} (--name).")
-    if (storage / name / PLAN_FILE).exists():
-        raise _taken(name, str(storage))
-    objectives, scheduler = _objectives(options, sweep)
-    sampler = _sampler(options, sweep, objectives)
-    make_sampler(sampler, options.seed)
-    warm_start = find_sweeps(options.warm_start, storage)
-    settings = dotted.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
-    config = _with_whole_paths(dotted.override(PRESETS[preset](), settings))
-    data_root = (options.data_root or sample_root()).resolve()
-    cohort = load_cohort(data_root, config.data)
-    expressions = choose_expressions(cohort.manifest, options.expression or sweep.expressions)
-    pinned = sweep.names(config) & (frozenset(settings) | _without_landmarks(cohort, expressions))
-    sweep.check(config, pinned)
-    trials = planned_trials(sweep, options.trials, config, pinned)
-    amp_dtype(config.train, trial_device(gpus_per_trial))
-    splits = {dotted.override(config, point).data.split_seed for point in sweep.points(config, pinned)}
-    for split, expression in itertools.product(sorted(splits), expressions):
-        settings_of = dotted.override(config, {"data.split_seed": split})
-        part = split_cohort(cohort.store, cohort.manifest, settings_of.data).only(expression)
-        # Checks all that it needs, and is not asked for an epoch.
-        fit(settings_of, part.store, part.train, part.validation, device=torch.device("cpu"))
-    baseline_bytes = 0
-    if not options.address:  # a cluster's memory is seen by its trials
-        baseline_bytes = _check_memory(config, options.cpus_per_trial, gpus_per_trial, trials, len(expressions))
-    name = name or free_name(storage, sweep, lambda _: False)
-    return Plan(
-        id=uuid.uuid4().hex,
-        name=name,
-        study=sweep.name,
-        folder=str(storage / name),
-        config_json=dotted.to_json(config),
-        pinned=tuple(sorted(pinned)),
-        data_root=str(data_root),
-        data_digest=cohort.manifest.digest,
-        expressions=expressions,
-        trials=trials,
-        seed=options.seed,
-        cpus_per_trial=options.cpus_per_trial,
-        gpus_per_trial=gpus_per_trial,
-        time_budget_s=options.time_budget,
-        tracking_uri=resolve_uri(options.tracking_uri),
-        grace_epochs=sweep.grace_epochs,
-        scheduler=scheduler,
-        sampler=sampler,
-        objectives=objectives,
-        study_storage=options.study_storage or "",
-        keep_checkpoints=options.keep_checkpoints,
-        warm_start=warm_start,
-        budget_hours=options.budget_gpu_hours,
-        baseline_bytes=baseline_bytes,
-        identifiable=options.allow_identifiable,
-    )
-
-
-def _check_memory(config: Config, cpus: float, gpus: float, trials: int, models: int) -> int:
-    """What the baseline takes at its fullest, in bytes.
-
-    Raises:
-        ConfigError: not even a batch of one clip fits into a trial's share of this machine.
-    """
-    device = trial_device(gpus)
-    room = room_bytes(device, gpus, side_by_side(cpus, gpus, trials))
-    try:
-        fitting(config, device, room, models)
-    except MemoryError as err:
-        raise ConfigError(f"the baseline must fit in memory: {err}") from err
-    return trial_bytes(config, device, models)
-
-
-def planned_trials(sweep: Sweep, wanted: int | None, base: Config, pinned: frozenset[str]) -> int:
-    """How many trials a sweep has; a grid has all of its points, or the first of them.
-
-    Raises:
-        ConfigError: a grid has fewer points.
-    """
-    if not sweep.is_grid:
-        return sweep.trials if wanted is None else wanted
-    points = len(sweep.points(base, pinned))
-    if wanted is not None and wanted > points:
-        raise ConfigError(
-            f"{sweep.name} is a grid of {points} points, each is run once, got {wanted} trials. Name at most {points}."
-        )
-    return points if wanted is None else wanted
-
-
-def find_sweeps(names: str | None, storage: Path) -> tuple[str, ...]:
-    """The folders of the sweeps that ``--warm-start`` names: by name in the storage, or by path.
-
-    Raises:
-        ConfigError: one of them is not there, or cannot be read.
-    """
-    folders = []
-    for name in (part.strip() for part in (names or "").split(",")):
-        if not name:
-            continue
-        folder = next((path for path in (storage / name, Path(name)) if (path / PLAN_FILE).is_file()), None)
-        if folder is None:
-            there = sorted(path.parent.name for path in storage.glob(f"*/{PLAN_FILE}")) if storage.is_dir() else []
-            near = difflib.get_close_matches(name, there, n=1, cutoff=0.3)
-            hint = f"Did you mean {near[0]}?" if near else "Name a sweep's folder, or its --storage."
-            raise ConfigError(f"--warm-start needs an earlier sweep, there is no {name} in {storage}. {hint}")
-        read_earlier(folder)
-        folders.append(str(folder.resolve()))
-    return tuple(dict.fromkeys(folders))
-
-
-def read_earlier(folder: Path) -> tuple[Plan, optuna.Study | None]:
-    """An earlier sweep's plan and its study, wherever its folder lies now; None if it has not begun.
-
-    Raises:
-        ConfigError: one of them cannot be read.
-    """
-    plan = dataclasses.replace(Plan.load(folder), folder=str(folder))
-    return plan, read_study(Path(plan.folder), plan.name, plan.study_storage)
-
-
-def _sampler(options: argparse.Namespace, sweep: Sweep, objectives: tuple[Objective, ...]) -> Sampler:
-    """Who chooses the settings, where that can be."""
-    sampler: Sampler = options.sampler or (GRID if sweep.is_grid else "tpe")
-    if sweep.is_grid != (sampler == GRID):
-        what = f"runs all points of a grid, got --sampler {sampler}. Leave it out."
-        if not sweep.is_grid:
-            what = f"is a space that is searched, got --sampler {sampler}, which is for grids. Use --sampler tpe."
-        raise ConfigError(f"{sweep.name} {what}")
-    if sampler == "cmaes" and len(objectives) > 1:
-        raise ConfigError(
-            f"cmaes searches for one objective, got --objectives {options.objectives}. Use --sampler tpe or gp."
-        )
-    if options.warm_start and sampler not in LEARNERS:
-        raise ConfigError(
-            f"--warm-start needs a sampler that learns from trials that it did not choose ({', '.join(LEARNERS)}), "
-            f"{sampler} does not. Use --sampler tpe, or leave --warm-start out."
-        )
-    return sampler
-
-
-def _objectives(options: argparse.Namespace, sweep: Sweep) -> tuple[tuple[Objective, ...], Scheduler]:
-    """What is searched for, and how trials are stopped early, where that can be."""
-    names = [name.strip() for name in options.objectives.split(",")]
-    unknown = [name for name in names if name not in DIRECTIONS]
-    if unknown or len(set(names)) < len(names) or names[0] != "spearman":
-        raise ConfigError(
-            f"objectives begin with spearman and name each of {', '.join(DIRECTIONS)} at most once, got "
-            f"{options.objectives} (--objectives). Correct it."
-        )
-    scheduler = options.scheduler or ("asha" if len(names) == 1 and not sweep.is_grid else "none")
-    if sweep.is_grid and scheduler != "none":
-        raise ConfigError(
-            f"{sweep.name} runs every point of its grid to the end, got --scheduler {scheduler}. Leave it out."
-        )
-    if len(names) > 1 and scheduler != "none":
-        raise ConfigError(
-            f"several objectives cannot be compared half-way, got --scheduler {scheduler} with --objectives "
-            f"{options.objectives}. Use --scheduler none."
-        )
-    return tuple(names), scheduler  # type: ignore[return-value]
-
-
-def _check_resources(options: argparse.Namespace, trials: int, gpus_per_trial: float, gpus: int) -> None:
-    """Numbers that make sense, and fit this machine where no cluster is named."""
-    for name, value in (
-        ("--trials", trials),
-        ("--keep-checkpoints", options.keep_checkpoints),
-        ("--cpus-per-trial", options.cpus_per_trial),
-        ("--time-budget", 1 if options.time_budget is None else options.time_budget),
-        ("--budget-gpu-hours", 1 if options.budget_gpu_hours is None else options.budget_gpu_hours),
-    ):
-        if value <= 0:
-            raise ConfigError(f"{name} must be greater than 0, got {value:g}. Name a larger number.")
-    for name, value, here in (
-        ("--cpus-per-trial", options.cpus_per_trial, os.cpu_count() or 1),
-        ("--gpus-per-trial", gpus_per_trial, gpus),
-    ):
-        if value < 0 or (not options.address and value > here):
-            raise ConfigError(f"{name} must lie between 0 and the {here} of this machine, got {value:g}. Name fewer.")
-    if options.seed < 0:
-        raise ConfigError(f"--seed must not be negative, got {options.seed}. Name another.")
-
-
-def _taken(name: str, place: str) -> ConfigError:
-    return ConfigError(
-        f"a sweep's name must be new, {name} is in {place}. "
-        f"Go on with it (--resume --name {name}), add trials (--extend 16 --name {name}) or choose another --name."
-    )
-
-
-def _with_whole_paths(config: Config) -> Config:
-    """Paths of weights as every worker can read them: a trial runs in a folder of its own."""
-    flat = dotted.flatten(config)
-    return dotted.override(config, {name: str(Path(flat[name]).resolve()) for name in PATH_SETTINGS if flat[name]})
-
-
-def _without_landmarks(cohort: Cohort, expressions: tuple[str, ...]) -> frozenset[str]:
-    """The settings that only landmarks can follow, where a dataset has the authors' rendered heatmaps instead."""
-    samples = (*cohort.train, *cohort.validation, *cohort.test)
-    if all(cohort.store.has_landmarks(s.patient, s.video) for s in samples if s.expression in expressions):
-        return frozenset()
-    print("there are no landmarks: how heatmaps are drawn is not searched", file=sys.stderr)
-    return frozenset(name for name in dotted.flatten(Config()) if name.startswith("data.heatmap."))
-
-
-def clip_counts(cohort: Cohort, expressions: tuple[str, ...]) -> dict[str, int]:
-    """How many clips of these expressions each part of the cohort has."""
-    parts = {"training": cohort.train, "validation": cohort.validation, "test": cohort.test}
-    return {name: sum(sample.expression in expressions for sample in part) for name, part in parts.items()}
-
-
-def sample_root() -> Path:
-    """The generated sample dataset under the user's cache folder; made on first use."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qafe"
-    root = cache / f"sample-{VERSION}"
-    if root.exists():
-        return make_sample(root)  # returned as it is, once it is known to be this sample
-    with console.progress(f"making the sample dataset in {root} (once)") as progress:
-        return make_sample(root, progress=progress)
-
-
-def _names(storage: Path, sweep: Sweep) -> dict[int, str]:
-    found = storage.glob(f"{sweep.name}-*") if storage.is_dir() else []
-    return {int(tail): path.name for path in found if (tail := path.name.removeprefix(f"{sweep.name}-")).isdigit()}
-
-
-def free_name(storage: Path, sweep: Sweep, taken: Callable[[str], bool]) -> str:
-    """The study's name with the next number that is free here and in the tracking store."""
-    number = max(_names(storage, sweep), default=0) + 1
-    while taken(f"{sweep.name}-{number}"):
-        number += 1
-    return f"{sweep.name}-{number}"
-
-
-def last_name(storage: Path, sweep: Sweep) -> str:
-    """The study's sweep with the highest number.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    names = _names(storage, sweep)
-    if not names:
-        raise ConfigError(f"there is no {sweep.name} sweep to resume in {storage}. Name it with --name or --storage.")
-    return names[max(names)]
 
 
 def sweep_params(plan: Plan) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from qafe.train import BEST_FILE
 
 from . import checkpoints
 from .noise import NOISE_SETTINGS, SPLIT, Noise, noise
-from .plan import Plan, clip_counts
+from .plan import Plan
 from .progress import SECONDS, STATES
 from .results import DIVERGED, OBJECTIVE
 from .study import BASELINE, FAILURE, REASON, own_trials, pareto_set, study_of_own
@@ -243,7 +243,7 @@ def overview(plan: Plan, cohort: Cohort, trials: Sequence[TrialSummary], seconds
         "data": {
             "name": cohort.manifest.name,
             "digest": plan.data_digest,
-            "clips": clip_counts(cohort, plan.expressions),
+            "clips": cohort.clip_counts(plan.expressions),
         },
         "planned": plan.trials,
         "seconds": round(seconds, 1),

@@ -16,9 +16,10 @@ from qafe.config import PRESETS
 from qafe.errors import ConfigError
 
 from . import estimate
-from .folder import STORAGE, find_sweep
+from .draft import draft_plan, make_plan, planned_trials
+from .folder import STORAGE, find_sweep, last_name
 from .notify import check_url
-from .plan import KEPT_CHECKPOINTS, Plan, draft_plan, last_name, make_plan, planned_trials
+from .plan import KEPT_CHECKPOINTS, Plan
 from .studies import STUDIES, find_study, planned_sweep
 from .study import DIRECTIONS, PRUNERS, SAMPLERS
 from .user_file import is_file_name
@@ -121,7 +122,7 @@ def _main(options: argparse.Namespace) -> int:
         sweep = find_study(options.study)
         return estimate.dry_run(draft_plan(options, sweep, storage), sweep, json_file=options.json)
     if options.resume or options.extend is not None:
-        plan = Plan.load(storage / (options.name or last_name(storage, find_study(options.study))))
+        plan = Plan.load(storage / (options.name or last_name(storage, find_study(options.study).name)))
         sweep = planned_sweep(plan)
         _check_resumable(plan, options)
         if options.extend is not None:

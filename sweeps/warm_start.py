@@ -12,6 +12,8 @@ hopeless. The price is that the first trials of a new sweep are promoted as free
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,13 +25,45 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from qafe import dotted
 from qafe.errors import ConfigError
 
-from .plan import Plan, read_earlier
-from .study import WARM_START, own_trials
+from .folder import PLAN_FILE
+from .plan import Plan
+from .study import WARM_START, own_trials, read_study
 from .sweep import Sweep
 
 SAME_NUMBERS = frozenset({"preset", "data.cache_gb", "data.workers", "train.checkpoint"})
 """Settings that change no score, so that an earlier sweep may have had others."""
 DONE = "warm_started"
+
+
+def find_sweeps(names: str | None, storage: Path) -> tuple[str, ...]:
+    """The folders of the sweeps that ``--warm-start`` names: by name in the storage, or by path.
+
+    Raises:
+        ConfigError: one of them is not there, or cannot be read.
+    """
+    folders = []
+    for name in (part.strip() for part in (names or "").split(",")):
+        if not name:
+            continue
+        folder = next((path for path in (storage / name, Path(name)) if (path / PLAN_FILE).is_file()), None)
+        if folder is None:
+            there = sorted(path.parent.name for path in storage.glob(f"*/{PLAN_FILE}")) if storage.is_dir() else []
+            near = difflib.get_close_matches(name, there, n=1, cutoff=0.3)
+            hint = f"Did you mean {near[0]}?" if near else "Name a sweep's folder, or its --storage."
+            raise ConfigError(f"--warm-start needs an earlier sweep, there is no {name} in {storage}. {hint}")
+        read_earlier(folder)
+        folders.append(str(folder.resolve()))
+    return tuple(dict.fromkeys(folders))
+
+
+def read_earlier(folder: Path) -> tuple[Plan, optuna.Study | None]:
+    """An earlier sweep's plan and its study, wherever its folder lies now; None if it has not begun.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    plan = dataclasses.replace(Plan.load(folder), folder=str(folder))
+    return plan, read_study(Path(plan.folder), plan.name, plan.study_storage)
 
 
 def add_earlier_trials(study: optuna.Study, plan: Plan, sweep: Sweep) -> None:

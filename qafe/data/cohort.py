@@ -34,6 +34,11 @@ class Cohort:
 
         return Cohort(self.store, self.manifest, pick(self.train), pick(self.validation), pick(self.test))
 
+    def clip_counts(self, expressions: tuple[str, ...]) -> dict[str, int]:
+        """How many clips of these expressions each part has."""
+        parts = {"training": self.train, "validation": self.validation, "test": self.test}
+        return {name: sum(sample.expression in expressions for sample in part) for name, part in parts.items()}
+
     @property
     def split_digest(self) -> str:
         """sha256 over the data's digest and who is on which side with which score: equal for equal splits alone."""

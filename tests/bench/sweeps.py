@@ -32,7 +32,8 @@ from qafe.data.cohort import load_cohort
 from qafe.data.sample import SampleConfig, make_sample
 from qafe.dotted import override
 from qafe.train import fit
-from sweeps.plan import Plan, sample_root
+from sweeps.draft import sample_root
+from sweeps.plan import Plan
 from sweeps.progress import SECONDS
 from sweeps.study import open_study, own_trials
 

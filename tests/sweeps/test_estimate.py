@@ -11,14 +11,15 @@ import optuna
 import pytest
 import torch
 
+import sweeps.draft
 import sweeps.estimate
-import sweeps.plan
 import sweeps.room
 from qafe.config import Config, tiny
 from qafe.dotted import flatten, from_json, override
 from sweeps.calibration import Timing
+from sweeps.draft import draft_plan
 from sweeps.estimate import Cost, calibrate, describe_space, draw_configs, simulate
-from sweeps.plan import Plan, draft_plan
+from sweeps.plan import Plan
 from sweeps.progress import SECONDS
 from sweeps.results import OBJECTIVE
 from sweeps.room import fitting, side_by_side, surely_fits, with_half_the_batch
@@ -43,7 +44,7 @@ def options(sample_root: Path, *flags: str) -> argparse.Namespace:
 
 @pytest.fixture
 def plan(sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    monkeypatch.setattr(sweeps.plan, "_check_memory", lambda *_: 10**6)
+    monkeypatch.setattr(sweeps.draft, "_check_memory", lambda *_: 10**6)
     return draft_plan(options(sample_root, "--trials", "8", "--set", "train.epochs=9"), STUDY, tmp_path / "storage")
 
 
@@ -158,7 +159,7 @@ def test_a_trial_starts_with_the_batch_that_fits(plan: Plan, monkeypatch: pytest
 def test_a_baseline_that_fits_nowhere_is_refused_in_one_line(
     sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sweeps.plan, "room_bytes", lambda *_: 10**6)
+    monkeypatch.setattr(sweeps.draft, "room_bytes", lambda *_: 10**6)
     line = ["fusion_search", "--data-root", str(sample_root), "--preset", "tiny", *QUICK_FLAGS]
     assert main([*line, "--storage", str(tmp_path / "storage"), "--tracking-uri", embedded(tmp_path)]) == 2
     errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
@@ -169,7 +170,7 @@ def test_a_baseline_that_fits_nowhere_is_refused_in_one_line(
 
 @pytest.fixture
 def searcher(sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudySearcher:
-    monkeypatch.setattr(sweeps.plan, "_check_memory", lambda *_: 0)
+    monkeypatch.setattr(sweeps.draft, "_check_memory", lambda *_: 0)
     flags = ("--trials", "50", "--budget-gpu-hours", "1", "--set", "train.epochs=10")
     plan = draft_plan(options(sample_root, *flags), STUDY, tmp_path)
     Path(plan.folder).mkdir()
