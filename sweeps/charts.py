@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qafe import metrics
+from qafe.selection import expected_best
 
 from .progress import duration
 from .report import TrialSummary
@@ -104,7 +104,7 @@ def best_so_far(sweep: Sweep) -> Chart | None:
     unit = cost["unit"]
     if not hours[-1]:
         hours, unit = list(range(1, len(rows) + 1)), "trials"
-    random = metrics.expected_best(scores)
+    random = expected_best(scores)
     even = [hours[-1] * (k + 1) / len(rows) for k in range(len(rows))]
     luck = sweep.summary["luck"]
     place_of = {row.number: at for row, at in zip(rows, hours, strict=True)}

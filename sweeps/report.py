@@ -24,6 +24,7 @@ from qafe.errors import CheckpointError
 from qafe.history import History, read_history
 from qafe.model import weights
 from qafe.predict import predict
+from qafe.selection import LuckBand, luck_band
 from qafe.train import BEST_FILE
 
 from . import checkpoints
@@ -139,7 +140,7 @@ def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary | None:
     return next((row for row in trials if row.state == "finished" and row.checkpoint is not None), None)
 
 
-def luck(trials: Sequence[TrialSummary]) -> tuple[metrics.LuckBand, list[int]] | None:
+def luck(trials: Sequence[TrialSummary]) -> tuple[LuckBand, list[int]] | None:
     """What the best of these trials and epochs would score by luck alone, and the numbers of the trials that left their
     predictions, in the order in which they ended; None if there is none, or if they are of different validation
     patients."""
@@ -162,7 +163,7 @@ def luck(trials: Sequence[TrialSummary]) -> tuple[metrics.LuckBand, list[int]] |
         # A trial that was stopped early looked at fewer epochs: its last one again adds nothing to its best.
         padded = [np.concatenate([table, table[-1:].repeat(length - len(table), axis=0)]) for table in candidates]
         tables[expression] = (np.stack(padded), first.target, first.patients)
-    return metrics.luck_band(tables), list(histories)
+    return luck_band(tables), list(histories)
 
 
 def test_best(checkpoint: Path, data_root: str, expressions: Sequence[str], gpus: float) -> TestResult | None:

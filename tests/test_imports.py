@@ -56,6 +56,7 @@ def offenders(importers: str, forbidden: tuple[str, ...], allowed: tuple[str, ..
         ("qafe.data", ("qafe.faces", "qafe.model")),
         ("qafe.losses", ("qafe.data", "qafe.store", "logging", "os", "time", "pathlib")),
         ("qafe.metrics", ("qafe.data", "qafe.store", "logging", "os", "time", "pathlib", "torch")),
+        ("qafe.selection", ("qafe.data", "qafe.store", "logging", "os", "time", "pathlib", "torch")),
         ("qafe", ("mlflow", "ray", "optuna", "tracking", "sweeps")),
         ("tracking", ("ray", "optuna", "sweeps")),
         ("sweeps", ("mlflow",)),
