@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ from .tags import (
 logger = logging.getLogger(__name__)
 
 FAILURE_FILE = "failure.txt"
+LOOK_AHEAD_S = 0.02
+"""While a trial's figures are drawn, how often the sender looks whether another trial waits for its run."""
 MODEL_METRICS = ("spearman", "spearman_low", "spearman_high", "mae", "pearson")
 
 
@@ -309,8 +312,7 @@ class Sender:
         if entry["folder"]:
             with contextlib.ExitStack() as stack:
                 try:
-                    folder = stack.enter_context(figures.trial_files(Path(entry["folder"]), load_key()))
-                    self._guard_of_sweep().clean(folder)
+                    folder = self._trial_files(client, Path(entry["folder"]), stack)
                 except Exception as err:  # whatever is wrong with the checkpoint, the others have to be sent
                     logger.warning("run %s gets no files: %s", run_id, err)
                 else:
@@ -318,6 +320,29 @@ class Sender:
                     if entry["state"] == "finished":
                         self._model(client, run_id, Path(entry["folder"]))
         self.ended.add(trial)
+
+    def _trial_files(self, client: MlflowClient, checkpoint: Path, stack: contextlib.ExitStack) -> Path:
+        """A trial's artifacts, in a folder that lasts as long as the stack; they take a second to make."""
+
+        def make() -> Path:
+            folder = stack.enter_context(figures.trial_files(checkpoint, load_key()))
+            self._guard_of_sweep().clean(folder)
+            return folder
+
+        with ThreadPoolExecutor(1, thread_name_prefix="trial-files") as other:
+            made = other.submit(make)
+            while wait([made], LOOK_AHEAD_S).not_done:
+                self._make_runs_ahead(client)
+        return made.result()
+
+    def _make_runs_ahead(self, client: MlflowClient) -> None:
+        """Makes the runs of trials that have begun meanwhile: the driver waits for them. The rest has its turn."""
+        for entry, _ in self.spool.unsent():
+            if entry["kind"] == "open":  # what follows belongs to it
+                return
+            if entry["kind"] == "trial" and entry["trial"] not in self.runs:
+                with contextlib.suppress(Exception):  # is raised again in its turn
+                    self._run_id(client, entry["trial"], self._guard_of_sweep().entry(entry))
 
     def _model(self, client: MlflowClient, run_id: str, checkpoint: Path) -> None:
         """The run's best weights as a model that MLflow's UI lists, with the run's own numbers of their epoch."""

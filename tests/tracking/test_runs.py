@@ -1,7 +1,9 @@
 import csv
 import json
 import shutil
+import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from qafe.errors import TrackingError
 from qafe.history import ExpressionHistory, write_history
 from qafe.train import fit
 from tracking.connection import connect, masked, resolve_uri
+from tracking.figures import trial_files
 from tracking.pseudonyms import key_path, load_key, pseudonym
 from tracking.runs import SweepTracker, main, replay, sweep_exists
 
@@ -215,6 +218,36 @@ def test_a_damaged_checkpoint_does_not_hold_the_others_up(
     assert tracker.close() == 0
     assert sum("gets no files" in line for line in caplog.messages) == 4
     assert [run.info.status for run in runs_of(uri).values()] == ["FINISHED"] * 5
+
+
+def test_a_trial_has_its_run_while_anothers_figures_are_drawn(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing, begun = threading.Event(), threading.Event()
+
+    def drawn_at_leisure(*arguments: object) -> AbstractContextManager[Path]:
+        drawing.set()
+        assert begun.wait(60)
+        return trial_files(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tracking.figures.trial_files", drawn_at_leisure)
+    uri = embedded(tmp_path)
+    tracker = open_tracker(tmp_path, uri)
+    tracker.trial_started("a", 0, {"train.lr": 0.1})
+    assert tracker.wait_until_sent(60)
+    tracker.trial_ended("a", "finished", folder=checkpoint)
+    assert drawing.wait(60)
+    tracker.trial_started("b", 1, {"train.lr": 0.2})
+    run_id = tracker.run_id("b", 60)
+    begun.set()
+    tracker.trial_ended("b", "finished", folder=None)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    runs = runs_of(uri)
+    assert runs["s-1-001"].info.run_id == run_id
+    assert runs["s-1-001"].data.params == {"train.lr": "0.2"}
+    names = {item.path for item in MlflowClient(uri).list_artifacts(runs["s-1-000"].info.run_id)}
+    assert {"figures", "checkpoint", "config.json", "predictions.csv"} <= names
 
 
 def test_the_sender_outlives_what_it_cannot_foresee(
