@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .errors import ConfigError
 from .metrics import FloatArray, check_level, members, pair, unit_ranks
@@ -41,13 +41,15 @@ def luck_band(
 
     Every permutation reorders the targets, scores all K candidates and keeps the best: so the band grows with the
     number of trials and epochs that were looked at, and accounts for how alike they are. Targets move by whole
-    patients: the patients' runs of targets are joined in random order and rotated by a random number of samples.
+    patients, and a patient who performs several expressions moves in all of them together: models that err on
+    somebody's looks err in every expression. Each patient gets another's targets, from the first again where there
+    are too few of them. P patients have P! orders, so a few patients cannot show much.
     Source: the maximum statistic of Westfall and Young, Resampling-Based Multiple Testing (1993).
 
     Args:
         predictions: K x N candidate predictions, or K x E x N of K trials with E epochs, of which each trial keeps
             its best; or expression -> (predictions, target, groups) with the same K in the same order, whose rank
-            correlations are averaged over expressions (each with its own best epoch, each permuted by itself).
+            correlations are averaged over expressions (each with its own best epoch).
         target: N scores; not with a dict.
         groups: the patient of each sample; not with a dict.
         level: quantile of the best candidate's value that becomes the threshold.
@@ -68,8 +70,7 @@ def luck_band(
         if target is None or groups is None:
             raise ConfigError("luck_band needs a target and a group for each sample, got none. Give all three.")
         parts = [(predictions, target, groups)]
-    rng = np.random.default_rng(seed)
-    candidates, observed, permuted = [], [], []
+    tables, targets = [], []
     for given, given_target, given_groups in parts:
         table = np.asarray(given, dtype=np.float64)
         if table.ndim not in (2, 3) or 0 in table.shape:
@@ -77,20 +78,19 @@ def luck_band(
                 "candidate predictions must be a table of K candidates x N samples or K trials x E epochs x N "
                 f"samples, got shape {table.shape}. Give a single candidate as predictions[None]."
             )
-        table = table.reshape(len(table), -1, table.shape[-1])  # K E N
-        _, y = pair(table[0, 0], given_target)
-        member, patients = members(given_groups, len(y))
-        order = np.argsort(member, kind="stable")  # each patient's samples side by side
-        ranks = unit_ranks(y[order][None])[0]
-        blocks = np.split(np.arange(len(y)), np.flatnonzero(np.diff(member[order])) + 1)
-        index = np.empty((permutations, len(y)), dtype=np.intp)
-        for row in index:
-            joined = np.concatenate([blocks[block] for block in rng.permutation(patients)])
-            row[:] = np.roll(joined, rng.integers(len(y)))
-        unit = unit_ranks(table[..., order].reshape(-1, len(y)))  # K*E N
-        candidates.append(unit.reshape(table.shape))  # K E N
-        observed.append((candidates[-1] @ ranks).max(axis=1))  # K
-        permuted.append(ranks[index])  # permutations N
+        tables.append(table.reshape(len(table), -1, table.shape[-1]))  # K E N
+        targets.append(pair(tables[-1][0, 0], given_target)[1])
+        members(given_groups, len(targets[-1]))
+    everybody = np.concatenate([np.asarray(names) for _, _, names in parts])
+    everybody, patients = members(everybody, len(everybody))
+    givers = np.tile(np.arange(patients), (permutations, 1))  # whose targets each patient gets
+    np.random.default_rng(seed).permuted(givers, axis=1, out=givers)
+    candidates, observed, permuted = [], [], []
+    for table, y in zip(tables, targets, strict=True):
+        member, everybody = np.split(everybody, [len(y)])
+        candidates.append(unit_ranks(table.reshape(-1, len(y))).reshape(table.shape))  # K E N
+        observed.append((candidates[-1] @ unit_ranks(y[None])[0]).max(axis=1))  # K
+        permuted.append(unit_ranks(y[_moved(member, givers)]))  # permutations N
     if len({len(table) for table in candidates}) != 1:
         raise ConfigError(
             "every expression must have the same candidates, got "
@@ -114,6 +114,19 @@ def luck_band(
         p_value=(1 + beaten) / (1 + permutations),
         growth=tuple(zip(expected.tolist(), threshold.tolist(), strict=True)),
     )
+
+
+def _moved(member: NDArray[np.intp], givers: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Which sample's target each sample gets, [R, N], when patient p gets those of ``givers[:, p]``, [R, P]."""
+    count = np.bincount(member, minlength=givers.shape[1])
+    order = np.argsort(member, kind="stable")  # each patient's samples side by side
+    first = np.cumsum(count) - count
+    nth = np.empty(len(member), dtype=np.intp)  # of its patient's samples
+    nth[order] = np.arange(len(member)) - first[member[order]]
+    source = givers[:, member]
+    while (absent := count[source] == 0).any():  # whoever has no sample here passes on what he would get
+        source = np.where(absent, np.take_along_axis(givers, source, axis=1), source)
+    return order[first[source] + nth % count[source]]
 
 
 def expected_best(values: ArrayLike) -> FloatArray:

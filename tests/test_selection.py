@@ -8,7 +8,7 @@ import pytest
 
 from qafe.errors import ConfigError
 from qafe.metrics import spearman
-from qafe.selection import expected_best, luck_band
+from qafe.selection import _moved, expected_best, luck_band
 
 
 def cohort(rng: np.random.Generator, patients: int = 30, videos: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -18,16 +18,36 @@ def cohort(rng: np.random.Generator, patients: int = 30, videos: int = 4) -> tup
     return np.clip(severity + rng.integers(-1, 2, len(group)), 0, 4).astype(float), group
 
 
-def test_luck_band_is_right_about_luck() -> None:
+@pytest.mark.parametrize("most", [7, 12])  # clips of a patient: 7, or 2 to 12
+@pytest.mark.parametrize(("expressions", "alike"), [(1, True), (5, True), (5, False)])
+def test_luck_band_is_right_about_luck(expressions: int, alike: bool, most: int) -> None:
+    """Nine patients who are as ill in all expressions, or not; candidates that know nothing, and take a patient's clips
+    for nearly the same, in all expressions or not."""
     rng = np.random.default_rng(5)
     p_values = []
-    for seed in range(60):
-        target, group = cohort(rng)
-        # Candidates that know nothing, but say nearly the same of one patient's videos.
-        candidates = rng.normal(size=(20, 30))[:, group] + rng.normal(size=(20, len(group))) * 0.3
-        p_values.append(luck_band(candidates, target, group, permutations=199, seed=seed).p_value)
-    assert np.mean(np.array(p_values) <= 0.2) == pytest.approx(0.2, abs=0.14)
-    assert np.mean(np.array(p_values) <= 0.05) <= 0.15
+    for seed in range(250):
+        group = np.repeat(np.arange(9), 7 if most == 7 else rng.integers(2, most + 1, 9))
+        looks, severity = rng.normal(size=(20, 9)), rng.normal(size=9)
+        parts = {}
+        for number in range(expressions):
+            if not alike:
+                looks, severity = rng.normal(size=(20, 9)), rng.normal(size=9)
+            target = np.clip(np.round(2 + 1.2 * severity[group] + 0.5 * rng.normal(size=len(group))), 0, 4)
+            parts[str(number)] = (looks[:, group] + 0.3 * rng.normal(size=(20, len(group))), target, group)
+        p_values.append(luck_band(parts, permutations=99, seed=seed).p_value)
+    assert np.mean(np.array(p_values) <= 0.05) <= 0.09
+    assert 0.1 <= np.mean(np.array(p_values) <= 0.2) <= 0.28
+
+
+def test_a_patient_without_an_expression_moves_in_the_others() -> None:
+    member = np.array([0, 0, 2, 2, 2, 3])  # patient 1 has no sample here
+    givers = np.array([[0, 1, 2, 3], [1, 2, 0, 3], [3, 0, 1, 2], [2, 1, 3, 0]])
+    assert _moved(member, givers).tolist() == [
+        [0, 1, 2, 3, 4, 5],
+        [2, 3, 0, 1, 0, 5],  # 0 gets what 1 would get: those of 2
+        [5, 5, 0, 1, 0, 2],  # 2 gets what 1 would get: those of 0
+        [2, 3, 5, 5, 5, 0],
+    ]
 
 
 def test_luck_band_finds_skill() -> None:
