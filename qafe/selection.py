@@ -23,7 +23,7 @@ class LuckBand(NamedTuple):
     expected_max: float
     """Its mean when there is nothing to find."""
     p_value: float
-    """Share of permutations, the observed order included, whose best is at least as good."""
+    """Share of permutations, the observed order included, whose best is at least as good as the observed one."""
     growth: tuple[tuple[float, float], ...] = ()
     """``expected_max`` and ``threshold`` of the first candidate alone, of the first two, and so on to all of them."""
 
@@ -33,6 +33,7 @@ def luck_band(
     target: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     *,
+    observed: float | None = None,
     level: float = 0.95,
     permutations: int = 2000,
     seed: int = 0,
@@ -52,6 +53,7 @@ def luck_band(
             correlations are averaged over expressions (each with its own best epoch).
         target: N scores; not with a dict.
         groups: the patient of each sample; not with a dict.
+        observed: the score that the p-value is for, where the best candidate is not the one that was chosen.
         level: quantile of the best candidate's value that becomes the threshold.
         permutations: how often targets are reordered.
         seed: of the permutations.
@@ -85,11 +87,11 @@ def luck_band(
     everybody, patients = members(everybody, len(everybody))
     givers = np.tile(np.arange(patients), (permutations, 1))  # whose targets each patient gets
     np.random.default_rng(seed).permuted(givers, axis=1, out=givers)
-    candidates, observed, permuted = [], [], []
+    candidates, scores, permuted = [], [], []
     for table, y in zip(tables, targets, strict=True):
         member, everybody = np.split(everybody, [len(y)])
         candidates.append(unit_ranks(table.reshape(-1, len(y))).reshape(table.shape))  # K E N
-        observed.append((candidates[-1] @ unit_ranks(y[None])[0]).max(axis=1))  # K
+        scores.append((candidates[-1] @ unit_ranks(y[None])[0]).max(axis=1))  # K
         permuted.append(unit_ranks(y[_moved(member, givers)]))  # permutations N
     if len({len(table) for table in candidates}) != 1:
         raise ConfigError(
@@ -103,9 +105,9 @@ def luck_band(
         rows = slice(start, start + step)
         values = sum((table @ ranks[rows].T).max(axis=1) for table, ranks in zip(candidates, permuted, strict=True))
         best[rows] = np.maximum.accumulate(np.asarray(values) / len(parts), axis=0).T
-    max_observed = float(np.max(np.sum(observed, axis=0)) / len(parts))
+    max_observed = float(np.max(np.sum(scores, axis=0)) / len(parts))
     # Sums in another order may differ in the last bits: equal arrangements must count as equal.
-    beaten = int((best[:, -1] >= max_observed - 1e-12).sum())
+    beaten = int((best[:, -1] >= (max_observed if observed is None else observed) - 1e-12).sum())
     expected, threshold = best.mean(axis=0), np.quantile(best, level, axis=0)
     return LuckBand(
         max_observed=max_observed,

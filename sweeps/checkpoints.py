@@ -42,18 +42,21 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
     return found if whole else None
 
 
-def newest(sweep_folder: Path, number: int, *, epochs: int, known: Path | None = None) -> Path | None:
+def newest(sweep_folder: Path, number: int, *, epochs: int, whole: int, known: Path | None = None) -> Path | None:
     """A trial's newest intact checkpoint that the driver knows of; a damaged one is passed over.
 
-    What the driver has not heard of is computed again, and told this time.
+    What the driver has not heard of is computed again, and told this time. So is the last epoch: a trial with nothing
+    left to tell could not end.
 
     Args:
         epochs: how many the study has heard of.
+        whole: how many a whole trial has.
         known: the last checkpoint that a living driver has.
     """
     for folder in folders(sweep_folder, number):
         heard = known is not None and folder.parent.name == known.parent.name and folder.name <= known.name
-        if (found := read_seal(folder)) is not None and (heard or found["epoch"] <= epochs):
+        found = read_seal(folder)
+        if found is not None and found["epoch"] < whole and (heard or found["epoch"] <= epochs):
             return folder
     return None
 

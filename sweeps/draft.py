@@ -117,7 +117,7 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
         scheduler=scheduler,
         sampler=sampler,
         objectives=objectives,
-        study_storage=options.study_storage or "",
+        study_storage=_whole_url(options.study_storage or ""),
         keep_checkpoints=options.keep_checkpoints,
         warm_start=warm_start,
         budget_hours=options.budget_gpu_hours,
@@ -234,6 +234,12 @@ def _with_whole_paths(config: Config) -> Config:
     """Paths of weights as every worker can read them: a trial runs in a folder of its own."""
     flat = dotted.flatten(config)
     return dotted.override(config, {name: str(Path(flat[name]).resolve()) for name in PATH_SETTINGS if flat[name]})
+
+
+def _whole_url(url: str) -> str:
+    """A database's URL that means the same in every folder."""
+    file = re.fullmatch(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:|file:)([^?]+)(.*)", url)
+    return f"{file[1]}{Path(file[2]).resolve()}{file[3]}" if file else url
 
 
 def _without_landmarks(cohort: Cohort, expressions: tuple[str, ...]) -> frozenset[str]:

@@ -87,6 +87,7 @@ def run_sweep(
                 _terminated_as_interrupted(),
                 _tracked(plan, cohort) as tracker,
             ):
+                plan.save()  # what has been extended: from here on nothing refuses it
                 summary = outcome.summary = _search(plan, sweep, cohort, tracker)
             _print_summary(summary, plan)
             if json_file:
@@ -283,6 +284,14 @@ def _tune(
             trial_dirname_creator=_trial_name,
             verbose=0,
         )
+    except tune.TuneError as err:
+        if "StorageInternalError" not in str(err):
+            raise
+        raise QafeError(
+            f"the study's database must answer, it stopped in the middle of {plan.name} (--study-storage). Start it "
+            f"again, then go on with --resume --name {plan.name}."
+        ) from err
+    else:
         # Ray's own handler puts this one back when it has heard a Ctrl-C, and leaves itself where it has not.
         return main_thread and signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
     finally:

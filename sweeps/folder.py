@@ -57,13 +57,14 @@ class SweepFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether it has a report on all of its trials."""
+        """Whether it has a report on all of its trials: one that a budget ended has not."""
         try:
             summary = json.loads((self.path / REPORT_FOLDER / SUMMARY_FILE).read_text())
         except (OSError, ValueError):
             return False
         planned = self.plan["trials"]
-        return bool(summary.get("planned", planned) >= planned)  # an extension is planned before it is run
+        ended = sum(summary["counts"].values()) if "counts" in summary else summary.get("planned", planned)
+        return bool(ended >= planned)  # an extension is planned before it is run
 
 
 def sweep_folders(storage: Path) -> Iterator[SweepFolder]:

@@ -171,6 +171,8 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
         )
     if not summary["complete"]:
         lines.append("Test patients:    not looked at before the end")
+    elif summary.get("test_failed"):
+        lines.append(f"Test patients:    not scored ({summary['test_failed']}); the validation figure is optimistic")
     elif best["test_spearman"] is None:
         lines.append("Test:             no test clips; the validation figure is optimistic")
     else:

@@ -8,6 +8,7 @@ epoch that was looked at), and its Spearman on test patients that took no part i
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,13 @@ from optuna.trial import FrozenTrial, TrialState
 from qafe import dotted, metrics
 from qafe.data.cohort import Cohort, load_cohort
 from qafe.data.dataset import ClipDataset
-from qafe.errors import CheckpointError
+from qafe.errors import CheckpointError, QafeError
 from qafe.history import History, read_history
 from qafe.model import weights
 from qafe.predict import predict
 from qafe.selection import LuckBand, luck_band
 from qafe.train import BEST_FILE
+from tracking.privacy import PATH_SETTINGS
 
 from . import checkpoints
 from .noise import NOISE_SETTINGS, SPLIT, Noise, noise
@@ -97,7 +99,7 @@ def summarise(study: optuna.Study, folder: Path, runs: Mapping[int, str]) -> lis
                 state=_state(trial),
                 objective=objective,
                 epochs=max(values, default=0),
-                settings=dict(trial.params),
+                settings=_shown(trial.params),
                 baseline=bool(trial.user_attrs.get(BASELINE)),
                 checkpoint=checkpoints.last(folder, trial.number),
                 run_id=runs.get(trial.number, ""),
@@ -109,7 +111,12 @@ def summarise(study: optuna.Study, folder: Path, runs: Mapping[int, str]) -> lis
                 failure=_failure(trial),
             )
         )
-    return sorted(rows, key=lambda row: (row.objective is None, -(row.objective or 0.0), row.number))
+    return sorted(rows, key=lambda row: (row.objective is None, -(row.objective or 0.0), not row.pareto, row.number))
+
+
+def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without this machine's folders: weights may lie in a patient's."""
+    return {name: Path(value).name if name in PATH_SETTINGS and value else value for name, value in settings.items()}
 
 
 def _state(trial: FrozenTrial) -> str:
@@ -141,9 +148,9 @@ def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary | None:
 
 
 def luck(trials: Sequence[TrialSummary]) -> tuple[LuckBand, list[int]] | None:
-    """What the best of these trials and epochs would score by luck alone, and the numbers of the trials that left their
-    predictions, in the order in which they ended; None if there is none, or if they are of different validation
-    patients."""
+    """What the best of these trials and epochs would score by luck alone, how likely it would be as good as the best
+    finished one, and the numbers of the trials that left their predictions, in the order in which they ended; None if
+    there is none, or if they are of different validation patients."""
     histories: dict[int, History] = {}
     for row in sorted(trials, key=lambda row: (row.ended is None, row.ended, row.number)):
         if row.checkpoint is not None:
@@ -163,7 +170,8 @@ def luck(trials: Sequence[TrialSummary]) -> tuple[LuckBand, list[int]] | None:
         # A trial that was stopped early looked at fewer epochs: its last one again adds nothing to its best.
         padded = [np.concatenate([table, table[-1:].repeat(length - len(table), axis=0)]) for table in candidates]
         tables[expression] = (np.stack(padded), first.target, first.patients)
-    return luck_band(tables), list(histories)
+    best = best_trial(trials)  # a higher score of a trial that failed later is nobody's to trust
+    return luck_band(tables, observed=best.objective if best else None), list(histories)
 
 
 def test_best(checkpoint: Path, data_root: str, expressions: Sequence[str], gpus: float) -> TestResult | None:
@@ -292,7 +300,13 @@ def sum_up(
     """The sweep as one JSON object: for ``--json``, the report and the tracker. Tests its best trial."""
     assert best.checkpoint is not None
     summary = overview(plan, cohort, trials, seconds) | {"complete": True}
-    test = test_best(best.checkpoint, plan.data_root, plan.expressions, plan.gpus_per_trial)
+    test: TestResult | None = None
+    try:
+        test = test_best(best.checkpoint, plan.data_root, plan.expressions, plan.gpus_per_trial)
+    except QafeError as err:  # all the training is done: the report must not be lost for a clip that cannot be read
+        cause = getattr(err, "cause", err)
+        summary["test_failed"] = type(cause).__name__  # its message may name a patient's file
+        print(f"the test patients were not scored: {cause}", file=sys.stderr, flush=True)
     if test:
         summary["best"] |= {
             "test_spearman": test.mean,

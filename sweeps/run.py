@@ -130,7 +130,6 @@ def _main(options: argparse.Namespace) -> int:
             plan = dataclasses.replace(plan, trials=planned_trials(sweep, plan.trials + options.extend, base, pinned))
         if options.budget_gpu_hours is not None:
             plan = dataclasses.replace(plan, budget_hours=options.budget_gpu_hours)
-        plan.save()
     else:
         sweep = find_study(options.study)
         plan = make_plan(options, sweep, storage)

@@ -7,6 +7,7 @@ which were running, and what each rung of early stopping has seen; Ray only runs
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ REDUCTION_FACTOR = 3
 MEDIAN_STARTUP_TRIALS = 4
 
 BASELINE = "baseline"
+SWEEP_ID = "sweep_id"
+"""Of the study: its sweep's, for other sweeps may have the same name."""
 RUN_ID = "mlflow_run_id"
 ATTEMPTS = "attempts"
 """How often a driver has started the trial."""
@@ -110,6 +113,13 @@ def open_study(plan: Plan) -> optuna.Study:
                 f"the study's storage must answer, got {type(err).__name__} (--study-storage). Start the database, "
                 "or leave it out for a file in the sweep's folder."
             ) from err
+        if study.user_attrs.get(SWEEP_ID, plan.id) != plan.id:
+            raise ConfigError(
+                f"a study belongs to one sweep, another sweep's {plan.name} is in that database (--study-storage). "
+                "Choose another --name, or another database."
+            )
+        if SWEEP_ID not in study.user_attrs:
+            study.set_user_attr(SWEEP_ID, plan.id)
         if study.metric_names is None:
             study.set_metric_names(list(plan.objectives))
         study.sampler = make_sampler(plan.sampler, plan.seed, len(study.get_trials(deepcopy=False)))
@@ -155,10 +165,33 @@ class _ReadOnlyJournal(JournalFileBackend):
         raise PermissionError("this study is only looked at")
 
 
+class _WholeLines(JournalFileBackend):
+    """The driver's own journal, which no half line may stay in: Optuna would write the next one right behind it, and
+    could never read the file again."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._path = Path(path)
+        self._cut(self._path.read_bytes().rfind(b"\n") + 1)  # what a dying machine has left
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """All of the lines, or none: a disk may be full."""
+        size = self._path.stat().st_size
+        try:
+            super().append_logs(logs)
+        except OSError:
+            self._cut(size)
+            raise
+
+    def _cut(self, size: int) -> None:
+        if self._path.stat().st_size > size:
+            os.truncate(self._path, size)
+
+
 def _storage(plan: Plan) -> BaseStorage:
     if plan.study_storage:
-        return RDBStorage(plan.study_storage)
-    return JournalStorage(JournalFileBackend(str(Path(plan.folder) / JOURNAL_FILE)))
+        return RDBStorage(plan.study_storage, engine_kwargs={"pool_pre_ping": True})  # it may have been restarted
+    return JournalStorage(_WholeLines(str(Path(plan.folder) / JOURNAL_FILE)))
 
 
 def make_sampler(name: str, seed: int, asked: int = 0) -> BaseSampler:

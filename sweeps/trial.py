@@ -152,7 +152,11 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
     history: History = {}
     known = tune.get_checkpoint()
     resume_from = newest(
-        Path(plan.folder), parameters["number"], epochs=parameters["epochs"], known=known and Path(known.path)
+        Path(plan.folder),
+        parameters["number"],
+        epochs=parameters["epochs"],
+        whole=config.train.epochs,
+        known=known and Path(known.path),
     )
     if resume_from is not None:
         history = read_history(resume_from)

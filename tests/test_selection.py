@@ -61,6 +61,17 @@ def test_luck_band_finds_skill() -> None:
     assert 0 < band.expected_max < band.threshold < band.max_observed
 
 
+def test_the_p_value_may_be_of_another_score() -> None:
+    rng = np.random.default_rng(6)
+    target, group = cohort(rng)
+    candidates = rng.normal(size=(10, len(target)))
+    candidates[3] += target
+    band = luck_band(candidates, target, group, observed=0.0)
+    assert band.max_observed == pytest.approx(spearman(candidates[3], target))
+    assert band.p_value > 0.9
+    assert luck_band(candidates, target, group, observed=band.max_observed).p_value < 0.01
+
+
 def test_luck_band_grows_with_the_number_looked_at() -> None:
     rng = np.random.default_rng(7)
     target, group = cohort(rng)

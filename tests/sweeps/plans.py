@@ -35,6 +35,7 @@ def plan_in(storage: Path, name: str = "s-1", base: Config | None = None, **chan
     }
     plan = Plan(**values | changes)
     if not Path(plan.folder).exists():
+        storage.mkdir(parents=True, exist_ok=True)
         plan.make_folder()
     return plan
 

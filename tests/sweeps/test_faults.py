@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -17,15 +18,17 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import FrozenTrial, TrialState
 
 from qafe import dotted
 from qafe.data.cohort import load_cohort
 from qafe.train import STATE_FILE, fit
 from sweeps import checkpoints
+from sweeps.folder import REPORT_FOLDER
 from sweeps.plan import Plan
 from sweeps.results import OBJECTIVE
-from sweeps.study import FAILURE, open_study, own_trials
+from sweeps.study import FAILURE, JOURNAL_FILE, open_study, own_trials
 from sweeps.trial import CONFIG_FILE
 from tests.sweeps.running import ROOT, Sweep, workers_of
 from tests.tracking.stores import free_port, server
@@ -35,6 +38,7 @@ pytestmark = pytest.mark.faults
 EPOCHS = 12
 TRIALS = 2
 FLAGS = ["--trials", str(TRIALS), "--set", f"train.epochs={EPOCHS}", "--scheduler", "none"]
+TRIAL_ENDS = JournalOperation.SET_TRIAL_STATE_VALUES
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
 
@@ -157,6 +161,19 @@ def test_kill_9_of_the_driver_twice(sweep: Sweep) -> None:
     assert any(trial.user_attrs["attempts"] > 1 for trial in trials)
     for trial in trials:
         as_if_undisturbed(sweep, trial)
+
+
+def test_the_driver_dies_between_a_trials_last_epoch_and_its_end(sweep: Sweep) -> None:
+    sweep.run()
+    folder = sweep.storage / "s-1"
+    undisturbed = own_trials(open_study(Plan.load(folder)))[1]
+    journal = (folder / JOURNAL_FILE).read_text().splitlines(keepends=True)
+    ends = [place for place, line in enumerate(journal) if json.loads(line)["op_code"] == TRIAL_ENDS]
+    (folder / JOURNAL_FILE).write_text("".join(journal[: ends[-1]]))  # the study has not heard the second trial's end
+    shutil.rmtree(folder / REPORT_FOLDER)
+    sweep.run("--resume")
+    again = everything_agrees(sweep)[undisturbed.number]
+    assert again.intermediate_values == undisturbed.intermediate_values
 
 
 def test_sigterm_to_the_driver(sweep: Sweep) -> None:

@@ -1,5 +1,6 @@
 """What the command line plans, without starting it."""
 
+import fcntl
 import subprocess
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from qafe.config import tiny
 from qafe.data.cohort import load_cohort
 from qafe.dotted import from_json, override
 from sweeps import provenance
+from sweeps.folder import LOCK_FILE
 from sweeps.plan import Plan
 from sweeps.provenance import trial_tags
 from sweeps.run import main
 from tests.conftest import QUICK_FLAGS
-from tests.tracking.stores import embedded
+from tests.tracking.stores import embedded, free_port
 
 
 @pytest.mark.parametrize(("flags", "cached"), [([], True), (["--no-cache"], False)])
@@ -37,6 +39,42 @@ def test_a_resumed_sweep_keeps_its_cache(
     assert main([*line, *flags]) == 0
     assert main([*line, "--resume", "--no-cache"]) == 2
     assert "--no-cache with --resume" in capsys.readouterr().err
+
+
+def test_an_extension_that_is_refused_is_none(
+    sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["fusion_search", "--storage", str(tmp_path), "--name", "s"]
+    flags = ["--data-root", str(sample_root), "--preset", "tiny", "--tracking-uri", embedded(tmp_path), *QUICK_FLAGS]
+    with monkeypatch.context() as planning:
+        planning.setattr(sweeps.driver, "run_sweep", lambda *_, **__: 0)
+        assert main([*line, *flags, "--trials", "3"]) == 0
+    with open(tmp_path / "s" / LOCK_FILE, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main([*line, "--extend", "16", "--budget-gpu-hours", "9"]) == 2
+    assert "is running already" in capsys.readouterr().err
+    assert main([*line, "--extend", "16", "--address", f"127.0.0.1:{free_port()}"]) == 2
+    plan = Plan.load(tmp_path / "s")
+    assert (plan.trials, plan.budget_hours) == (3, None)
+
+
+def test_the_studys_database_is_the_same_in_every_folder(
+    sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps.driver, "run_sweep", lambda *_, **__: 0)
+    monkeypatch.chdir(tmp_path)
+    line = [
+        "fusion_search",
+        "--storage",
+        str(tmp_path),
+        "--name",
+        "s",
+        "--study-storage",
+        "sqlite:///here.db?timeout=9",
+    ]
+    flags = ["--data-root", str(sample_root), "--preset", "tiny", "--tracking-uri", embedded(tmp_path), *QUICK_FLAGS]
+    assert main([*line, *flags]) == 0
+    assert Plan.load(tmp_path / "s").study_storage == f"sqlite:///{tmp_path}/here.db?timeout=9"
 
 
 @pytest.mark.parametrize("allowed", [False, True])

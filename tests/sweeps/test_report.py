@@ -8,11 +8,15 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
+from qafe.config import tiny
+from qafe.data.cohort import load_cohort
+from qafe.errors import MediaError
 from qafe.history import Epoch, ExpressionHistory, write_history
 from sweeps import page, report
 from sweeps.checkpoints import SEAL_FILE, trial_name
 from sweeps.results import OBJECTIVE
 from sweeps.study import study_of_own
+from tests.sweeps.plans import plan_in
 
 SPACE = {"x": FloatDistribution(0, 1), "kind": CategoricalDistribution(["a", "b"])}
 
@@ -95,6 +99,57 @@ def test_luck_counts_every_epoch_of_every_trial(tmp_path: Path) -> None:
     assert report.luck(report.summarise(study, tmp_path / "lost", {})) is None
     history_in(tmp_path / "s" / "trial_001" / "checkpoint_000000", [wrong], target, patients, clips="other")
     assert report.luck(report.summarise(study, tmp_path / "s", {})) is None
+
+
+def test_luck_is_asked_about_the_trial_that_was_chosen(tmp_path: Path) -> None:
+    target = [0.0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+    patients = [f"p{number}" for number in range(10)]
+    noise = [0.3, 0.9, 0.1, 0.5, 0.2, 0.8, 0.4, 0.7, 0.6, 0.0]
+    study = study_of([(TrialState.COMPLETE, 0.1), (TrialState.PRUNED, 1.0)])
+    history_in(checkpoint_of(tmp_path, 0), [noise], target, patients)
+    history_in(checkpoint_of(tmp_path, 1), [target], target, patients)
+    found = report.luck(report.summarise(study, tmp_path, {}))
+    assert found is not None
+    assert found[0].max_observed == pytest.approx(1)
+    assert found[0].p_value > 0.2, "the best trial is not the one that was stopped"
+
+
+def test_a_test_clip_that_cannot_be_read_costs_its_score_alone(
+    sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreadable(*_: object) -> None:
+        raise MediaError("a frame must be a JPEG, frames/Anna/7.jpg is not. Replace it.")
+
+    monkeypatch.setattr(report, "test_best", unreadable)
+    cohort = load_cohort(sample_root, tiny().data)
+    history_in(checkpoint_of(tmp_path, 0), [[0.1, 0.2, 0.3]], [0.0, 1.0, 2.0], ["a", "b", "c"])
+    trials = report.summarise(study_of([(TrialState.COMPLETE, 0.3)]), tmp_path, {})
+    summary = report.sum_up(plan_in(tmp_path), cohort, trials, trials[0], 5.0)
+    assert "Anna/7.jpg" in capsys.readouterr().err
+    assert "Anna" not in json.dumps(summary)
+    text = "\n".join(page.verdict(summary))
+    assert "Test patients:    not scored (MediaError); the validation figure is optimistic" in text
+    page.write_report(tmp_path / "report", trials, {}, summary)
+    assert json.loads((tmp_path / "report" / "summary.json").read_text())["best"]["test_spearman"] is None
+
+
+def test_the_best_trial_of_equal_ones_is_of_the_pareto_set(tmp_path: Path) -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    for number, (x, params) in enumerate([(0.8, 100.0), (0.8, 60.0), (0.5, 10.0)]):
+        study.add_trial(create_trial(values=[x, params], params={"x": x, "kind": "a"}, distributions=SPACE))
+        checkpoint_of(tmp_path, number)
+    best = report.best_trial(report.summarise(study, tmp_path, {}))
+    assert best is not None
+    assert (best.number, best.pareto) == (1, True), "its weights are the last to be deleted"
+
+
+def test_a_setting_that_is_a_path_shows_its_files_name(tmp_path: Path) -> None:
+    space = {"model.rgb.weights": CategoricalDistribution(["", "/mnt/anna/a.pth"])}
+    study = optuna.create_study()
+    for value in ("", "/mnt/anna/a.pth"):
+        study.add_trial(create_trial(value=0.0, params={"model.rgb.weights": value}, distributions=space))
+    shown = [row.settings["model.rgb.weights"] for row in report.summarise(study, tmp_path, {})]
+    assert shown == ["", "a.pth"]
 
 
 def summary_with(observed: float, threshold: float, test: float | None) -> dict[str, object]:

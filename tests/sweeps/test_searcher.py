@@ -1,8 +1,11 @@
+import errno
+import os
 import pickle
 from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
@@ -13,7 +16,7 @@ from sweeps.plan import Plan
 from sweeps.results import OBJECTIVE
 from sweeps.searcher import StudySearcher
 from sweeps.studies import STUDIES, find_study
-from sweeps.study import FAILURE, open_study, running_trials
+from sweeps.study import FAILURE, JOURNAL_FILE, open_study, read_study, running_trials
 from tests.sweeps.plans import ask, plan_in, result
 
 STUDY = STUDIES["fusion_search"]
@@ -118,6 +121,51 @@ def test_a_new_driver_goes_on_with_the_trials_that_were_running(searcher: StudyS
     assert done.intermediate_values == {1: 0.1, 2: 0.3, 3: 0.5}
     assert open_trial.state == TrialState.RUNNING
     assert again.suggest("next")["number"] == 2
+
+
+@pytest.mark.parametrize("cut", [1, 10])
+def test_half_a_line_at_the_journals_end_costs_one_entry(searcher: StudySearcher, plan: Plan, cut: int) -> None:
+    for name in "ab":
+        searcher.suggest(name)
+        searcher.report(name, result(1, 0.5, finished=True))
+    journal = Path(plan.folder) / JOURNAL_FILE
+    os.truncate(journal, journal.stat().st_size - cut)  # as a machine leaves it that loses its power
+    again = StudySearcher(plan, STUDY)
+    first, second = again.suggest("a"), again.suggest("b")
+    assert (first["epochs"], second["epochs"]) == (1, 0)
+    again.report("b", result(1, 0.25))
+    study = read_study(Path(plan.folder), plan.name)
+    assert study is not None
+    assert [trial.intermediate_values for trial in study.trials] == [{1: 0.5}, {1: 0.25}]
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_no_half(
+    searcher: StudySearcher, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Path(plan.folder) / JOURNAL_FILE
+    before = journal.read_bytes()
+
+    def full(self: JournalFileBackend, logs: list[object]) -> None:
+        with open(journal, "ab") as out:
+            out.write(b'{"op_code"')
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JournalFileBackend, "append_logs", full)
+        with pytest.raises(OSError, match="No space"):
+            searcher.study.set_user_attr("a", 1)
+    assert journal.read_bytes() == before
+    searcher.suggest("a")
+    assert read_study(Path(plan.folder), plan.name) is not None
+
+
+def test_a_database_may_hold_another_sweep_of_this_name(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    mine, theirs = (plan_in(tmp_path / who, id=who, study_storage=url) for who in ("mine", "theirs"))
+    StudySearcher(mine, STUDY).suggest("a")
+    with pytest.raises(ConfigError, match="another sweep's s-1 is in that database"):
+        StudySearcher(theirs, STUDY)
+    assert StudySearcher(mine, STUDY).suggest("a")["number"] == 0
 
 
 def test_an_unknown_study_offers_the_nearest() -> None:

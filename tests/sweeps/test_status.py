@@ -116,6 +116,10 @@ def test_an_extension_makes_a_complete_sweep_incomplete(tmp_path: Path) -> None:
     assert find_sweep(tmp_path, "s-1").complete
     (report / SUMMARY_FILE).write_text(json.dumps({"planned": 4}))
     assert not find_sweep(tmp_path, "s-1").complete
+    (report / SUMMARY_FILE).write_text(json.dumps({"planned": 5, "counts": {"finished": 2, "pruned": 1}}))
+    assert not find_sweep(tmp_path, "s-1").complete, "a budget has ended it"
+    (report / SUMMARY_FILE).write_text(json.dumps({"planned": 5, "counts": {"finished": 2, "pruned": 3}}))
+    assert find_sweep(tmp_path, "s-1").complete
     (report / SUMMARY_FILE).write_text("{}")  # of an older version
     assert find_sweep(tmp_path, "s-1").complete
     assert plan.trials == 5
