@@ -284,6 +284,22 @@ def test_options_stand_before_or_after_the_subject() -> None:
     assert parser.parse_args(["--batch4", "step"]).batch4
 
 
+def test_a_training_is_run_once() -> None:
+    trained: list[tuple[str, int]] = []
+
+    def learn(settings: dict[str, Any]) -> Iterator[tuple[float, float]]:
+        for epoch in range(4):
+            trained.append((settings["a"], epoch))
+            yield float(epoch), 0.0
+
+    remembered = search.once(learn)
+    first = remembered({"a": "x", "b": 1})
+    assert [next(first)[0] for _ in range(2)] == [0, 1]
+    assert [seen for seen, _ in remembered({"b": 1, "a": "x"})] == [0, 1, 2, 3]
+    assert next(remembered({"a": "y", "b": 1}))[0] == 0
+    assert trained == [*(("x", epoch) for epoch in range(4)), ("y", 0)]
+
+
 def test_a_search_ends_at_the_epoch_that_reaches_the_target() -> None:
     def learn(settings: dict[str, Any]) -> Iterator[tuple[float, float]]:
         return iter([(0.1 * epoch, 0.2 * epoch) for epoch in range(1, search.EPOCHS + 1)])

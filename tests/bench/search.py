@@ -5,10 +5,10 @@ objectives, both over the space of `fusion_search`:
 
 - synthetic, so that its optimum is known: a trial's score falls with the distance of its settings from one point, is
   learnt along a curve over epochs, and carries a training's noise. Searches see the noise; they are judged without it.
-- real trainings of ``tiny`` on a sample dataset, judged by what a sweep sees: validation Spearman. It takes hours
-  on two cores; what each seed found is said as it ends. Half of the patients are for validation, so that settings
-  decide and not luck. An epoch takes each clip four times: with once, none of six trainings that were looked at had
-  learnt much by the rung at epoch 4; with four times, one of four had.
+- real trainings of ``tiny`` on a sample dataset, judged by what a sweep sees: validation Spearman. It takes most of an
+  hour on two cores; what each seed found is said as it ends. Half of the patients are for validation, so that
+  settings decide and not luck. An epoch takes each clip four times: with once, none of six trainings that were looked
+  at had learnt much by the rung at epoch 4; with four times, one of four had.
 """
 
 from __future__ import annotations
