@@ -172,10 +172,11 @@ class _Run:
         scores = torch.tensor([sample.score for sample in train], dtype=torch.float32)
         self.loss = build_loss(config.train, scores).to(device)
         parameters = [p for m in (self.model, self.loss) for p in m.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(config.train, parameters)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config.train))
         self.amp_dtype = amp_dtype(config.train, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+        scaled = self.amp_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self.optimizer = build_optimizer(config.train, parameters, scaled=scaled)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config.train))
         self.epoch = 0
         self.best_epoch = 0
         self.best_key = (-np.inf, -np.inf)
