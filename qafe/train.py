@@ -27,7 +27,7 @@ from .config import Config
 from .data.dataset import Clip, ClipBatch, ClipDataset, model_inputs
 from .data.loader import clip_loader, evaluation_loader, read_batches
 from .data.manifest import Sample
-from .device import amp_dtype, peak_memory_mb, pick_device
+from .device import amp_dtype, peak_memory_mb, pick_device, precision_name
 from .distributed import Ranks, Shares, gradients_summed, take_compile_cache
 from .errors import CheckpointError, ManifestError
 from .losses import BATCH_LOSSES, build_loss
@@ -325,6 +325,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "precision": precision_name(self.amp_dtype),
         }
         unfinished = folder / (STATE_FILE + ".unfinished")
         with open(unfinished, "wb") as out:
@@ -339,6 +340,10 @@ class _Run:
     def restore(self, folder: Path) -> None:
         state = _read_state(folder / STATE_FILE)
         ours, theirs = _same_steps(self.config), _same_steps(dotted.from_json(state["config"]))
+        held = state.get("precision")  # Older states lack it.
+        if held is not None:
+            self._keep_precision(held, folder / STATE_FILE)
+            theirs["train.precision"] = ours["train.precision"]  # However it is written.
         if ours != theirs:
             changed = [f"{name}={theirs[name]}" for name in ours if ours[name] != theirs[name]]
             raise CheckpointError(
@@ -352,7 +357,18 @@ class _Run:
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # Empty where the precision was another, in an older state.
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _keep_precision(self, held: str, path: Path) -> None:
+        """What ``train.precision=auto`` means depends on the GPU, and the numbers on what it means."""
+        ours, wanted = precision_name(self.amp_dtype), self.config.train.precision
+        if held != ours:
+            raise CheckpointError(
+                f"a run resumes in the precision that it was started in; {path} has {held}, and here "
+                f"train.precision={wanted} is {ours} (on {self.device}). Set train.precision={held}, take a device "
+                "like the earlier one, or start anew."
+            )
 
 
 def epoch_batches(clips: int, batch_size: int) -> list[list[int]]:
