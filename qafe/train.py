@@ -125,15 +125,36 @@ def fit(
         MediaError: (from the generator) a frame cannot be read.
         FloatingPointError: (from the generator) the training loss is not finite.
     """
+    _check_counts(train, validation)
+    run = _Run(config, store, train, validation, device or pick_device())
+    if resume_from is not None:
+        run.restore(resume_from)
+    return run.epochs()
+
+
+def check_samples(config: Config, store: Store, train: Sequence[Sample], validation: Sequence[Sample]) -> None:
+    """Refuses the samples that `fit` would refuse, without a model.
+
+    Raises:
+        ManifestError: too few samples to train or to validate on, or their heatmaps do not fit the settings.
+        ConfigError: the loss does not fit the scores.
+    """
+    _check_counts(train, validation)
+    for samples in (train, validation):
+        ClipDataset(store, samples, config, train=False)
+    build_loss(config.train, _scores(train))
+
+
+def _check_counts(train: Sequence[Sample], validation: Sequence[Sample]) -> None:
     if len(train) < 2 or len(validation) < 3:
         raise ManifestError(
             "training needs at least 2 training and 3 validation clips of the expression, got "
             f"{len(train)} and {len(validation)}. Add patients or choose another --expression."
         )
-    run = _Run(config, store, train, validation, device or pick_device())
-    if resume_from is not None:
-        run.restore(resume_from)
-    return run.epochs()
+
+
+def _scores(samples: Sequence[Sample]) -> Tensor:
+    return torch.tensor([sample.score for sample in samples], dtype=torch.float32)
 
 
 class _Run:
@@ -169,8 +190,7 @@ class _Run:
             # Batches have few sizes, and Inductor fails on some graphs with symbolic ones (torch 2.13).
             forward = torch.compile(self.model, dynamic=False)
         self.forward = self.ranks.parallel(forward)
-        scores = torch.tensor([sample.score for sample in train], dtype=torch.float32)
-        self.loss = build_loss(config.train, scores).to(device)
+        self.loss = build_loss(config.train, _scores(train)).to(device)
         parameters = [p for m in (self.model, self.loss) for p in m.parameters() if p.requires_grad]
         self.amp_dtype = amp_dtype(config.train, device)
         scaled = self.amp_dtype == torch.float16

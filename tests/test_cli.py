@@ -2,16 +2,22 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from qafe import __main__ as command
 from qafe.__main__ import main
+from qafe.config import Config, tiny
+from qafe.data.cohort import Cohort, load_cohort
 from qafe.data.sample import SampleConfig
 from qafe.history import read_history
 from qafe.score import Scorer
 from qafe.store import Store
+from qafe.train import EpochResult
 
 from .conftest import QUICK_FLAGS
 
@@ -70,6 +76,73 @@ def test_train_writes_to_an_empty_folder_too(sample_root: Path, tmp_path: Path) 
     flags = ["--data-root", str(sample_root), "--preset", "tiny", "--out", str(tmp_path), *QUICK_FLAGS]
     assert main(["train", *flags, "--set", "train.epochs=1"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "history.json", "smile.safetensors"]
+
+
+def without_frown(sample_root: Path, target: Path, change: str) -> Path:
+    """A copy with no frown of a training patient that is left for validation, or with one whose frames are damaged."""
+    shutil.copytree(sample_root, target)
+    if change == "few":
+        table = target / "sample_train.csv"
+        lines = table.read_text().splitlines()
+        kept = [line for line in lines if "frown" not in line]
+        table.write_text("\n".join([*kept, *[line for line in lines if "frown" in line][:1]]) + "\n")
+        return target
+    cohort = load_cohort(target, tiny().data).only("frown" if change == "training" else "smile")
+    sample = (cohort.train if change == "training" else cohort.test)[0]
+    for frame in cohort.store.frame_paths(sample.patient, sample.video):
+        frame.write_bytes(frame.read_bytes()[:-100])
+    return target
+
+
+def test_every_expression_is_checked_before_the_first_is_trained(
+    sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = without_frown(sample_root, tmp_path / "copy", "few")
+    flags = ["--preset", "tiny", "--expression", "smile,frown", "--out", str(tmp_path / "out"), *QUICK_FLAGS]
+    assert main(["train", "--data-root", str(root), *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: frown: training needs at least 2 training and 3 validation clips")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize(("failing", "into"), [("training", "new"), ("training", "empty"), ("test", "new")])
+def test_a_finished_model_outlives_what_fails_after_it(
+    failing: str, into: str, sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = without_frown(sample_root, tmp_path / "copy", failing), tmp_path / "out"
+    if into == "empty":
+        out.mkdir()
+    flags = ["--preset", "tiny", "--expression", "smile,frown", "--out", str(out), *QUICK_FLAGS]
+    assert main(["train", "--data-root", str(root), *flags, "--set", "train.epochs=1"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = [line for line in printed.err.splitlines() if not line.startswith("smile epoch ")]
+    assert line.startswith("error: a frame must be a whole JPEG")
+    assert line.endswith(f" Finished, and kept in {out}: smile.")
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "history.json", "smile.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "out"]
+    assert list(read_history(out)) == ["smile"]
+    clip = next((sample_root / "frames").glob("*/*smile*"))
+    assert np.isfinite(Scorer(out).score_clip(clip))
+
+
+def test_an_interrupt_says_what_is_finished(
+    sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    epochs, out = command._epochs, tmp_path / "out"
+
+    def interrupted(config: Config, part: Cohort, expression: str, device: torch.device) -> Iterator[EpochResult]:
+        if expression == "frown":
+            raise KeyboardInterrupt
+        return epochs(config, part, expression, device)
+
+    monkeypatch.setattr(command, "_epochs", interrupted)
+    flags = ["--preset", "tiny", "--expression", "smile,frown", *QUICK_FLAGS, "--set", "train.epochs=1"]
+    assert main(["train", "--data-root", str(sample_root), *flags, "--out", str(out)]) == 130
+    assert capsys.readouterr().err.splitlines()[-2:] == [f"Finished, and kept in {out}: smile.", "interrupted"]
+    assert (out / "smile.safetensors").is_file()
+    assert main(["train", "--data-root", str(sample_root), *flags]) == 130
+    assert "kept" not in capsys.readouterr().err
 
 
 def broken_copy(sample_root: Path, target: Path, change: str) -> Path:
