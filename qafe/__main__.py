@@ -235,9 +235,10 @@ def _train(options: argparse.Namespace) -> int:
     from .distributed import launched
 
     finished: list[str] = []
-    with launched() as join, _finished_said(options.out, finished):
+    with launched() as join, _finished_said(options.out, finished), contextlib.ExitStack() as stack:
         settings = dotted.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
         config = dotted.override(PRESETS[options.preset](), settings)
+        stack.enter_context(_shortage_said(config, options.out))
         device = pick_device(options.device)
         cohort = load_cohort(options.data_root, config.data)
         parts = {name: cohort.only(name) for name in choose_expressions(cohort.manifest, options.expression)}
@@ -325,6 +326,35 @@ def _finished_said(out: Path | None, finished: Sequence[str]) -> Iterator[None]:
         if console.speaks():
             print(said, file=sys.stderr)
         raise
+
+
+@contextlib.contextmanager
+def _shortage_said(config: Config, out: Path | None) -> Iterator[None]:
+    """Says in one line what the block lacks: memory, room on the disk, or leave to read or write a file."""
+    from .device import out_of_memory
+
+    try:
+        yield
+    except OSError as err:
+        place = err.filename or out or tempfile.gettempdir()
+        raise ConfigError(
+            f"training must be able to read its data and to write its results, got {err.strerror or err} ({place}). "
+            "Make room there, or correct its permissions."
+        ) from err
+    except (RuntimeError, MemoryError) as err:
+        if not out_of_memory(err):
+            raise
+        batch, step = config.train.batch_size, config.train.batch_size * config.train.accumulate
+        ways = []
+        if batch > 1:
+            half = max(size for size in range(1, batch // 2 + 1) if step % size == 0)
+            ways.append(f"train.batch_size={half} and train.accumulate={step // half}")
+        if not config.train.checkpoint and not config.train.compile:
+            ways.append("train.checkpoint=true")
+        raise ConfigError(
+            f"a batch must fit into memory, and {batch} clip{'s' * (batch > 1)} at once do not (train.batch_size). "
+            f"Set {', or '.join(ways) or 'a smaller --preset'}."
+        ) from err
 
 
 def _epochs(config: Config, part: Cohort, expression: str, device: torch.device) -> Iterator[EpochResult]:

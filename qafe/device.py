@@ -1,4 +1,4 @@
-"""Where a model is computed, and in what precision."""
+"""Where a model is computed, in what precision, and whether that has the memory."""
 
 from __future__ import annotations
 
@@ -63,3 +63,10 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def out_of_memory(err: BaseException) -> bool:
+    """Whether an error says that the GPU's or the machine's memory is spent."""
+    if isinstance(err, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(err, RuntimeError) and "can't allocate memory" in str(err)

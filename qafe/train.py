@@ -349,7 +349,12 @@ class _Run:
         }
         unfinished = folder / (STATE_FILE + ".unfinished")
         with open(unfinished, "wb") as out:
-            torch.save(state, out)
+            try:
+                torch.save(state, out)
+            except RuntimeError as err:
+                if isinstance(err.__context__, OSError):  # On a full disk torch (2.13) complains of its own file.
+                    raise err.__context__ from None
+                raise
             out.flush()
             if synced:
                 os.fsync(out.fileno())

@@ -1,6 +1,9 @@
 """``python -m qafe`` as a user runs it: results on stdout, one line for a mistake, nothing half-written."""
 
+import errno
 import json
+import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ from qafe.data.sample import SampleConfig
 from qafe.history import read_history
 from qafe.score import Scorer
 from qafe.store import Store
-from qafe.train import EpochResult
+from qafe.train import EpochResult, _Run
 
 from .conftest import QUICK_FLAGS
 
@@ -143,6 +146,61 @@ def test_an_interrupt_says_what_is_finished(
     assert (out / "smile.safetensors").is_file()
     assert main(["train", "--data-root", str(sample_root), *flags]) == 130
     assert "kept" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("err", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), None], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({}, "Set train.batch_size=2 and train.accumulate=2, or train.checkpoint=true."),
+        (
+            {"train.batch_size": 6, "train.accumulate": 2, "train.checkpoint": True},
+            "Set train.batch_size=3 and train.accumulate=4.",
+        ),
+        ({"train.batch_size": 5}, "Set train.batch_size=1 and train.accumulate=5, or train.checkpoint=true."),
+        ({"train.batch_size": 1, "train.loss": "mse"}, "Set train.checkpoint=true."),
+        ({"train.batch_size": 1, "train.loss": "mse", "train.checkpoint": True}, "Set a smaller --preset."),
+    ],
+    ids=["4", "6", "5", "1", "nothing"],
+)
+def test_too_little_memory_gets_one_line(
+    settings: dict[str, object],
+    step: str,
+    err: Exception | None,
+    sample_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        if err is not None:
+            raise err
+        torch.empty(2**46)
+
+    monkeypatch.setattr(_Run, "_step", fail)
+    flags = [flag for name, value in settings.items() for flag in ("--set", f"{name}={value}")]
+    line = ["train", "--data-root", str(sample_root), "--preset", "tiny", *QUICK_FLAGS, *flags]
+    assert main(line) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    batch = settings.get("train.batch_size", 4)
+    assert told.startswith(f"error: a batch must fit into memory, and {batch} clip")
+    assert told.endswith(f"(train.batch_size). {step}")
+
+
+def test_a_full_disk_gets_one_line(sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    line = ["train", "--data-root", str(sample_root), "--preset", "tiny", "--no-cache", "--out", str(out)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert main([*line, *QUICK_FLAGS, "--set", "train.epochs=1"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("smile epoch ")]
+    assert told == [
+        "error: training must be able to read its data and to write its results, got "
+        f"{os.strerror(errno.EFBIG)} ({out}). Make room there, or correct its permissions."
+    ]
+    assert list(tmp_path.iterdir()) == []
 
 
 def broken_copy(sample_root: Path, target: Path, change: str) -> Path:
