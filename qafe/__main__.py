@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -24,19 +24,23 @@ from .data.cache import cache_folder, cache_size, clear_cache
 from .data.cohort import Cohort, choose_expressions, load_cohort
 from .data.manifest import read_manifest
 from .data.sample import SampleConfig, make_sample
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, QafeError
 from .faces.detect import DEFAULT_MODELS, DEFAULT_ROOT
 from .faces.landmarks_only import add_landmarks
 from .faces.prepare import Outcome, prepare_cohort
 from .faces.settings import PrepareSettings
 from .faces.track import TrackSettings
-from .history import ExpressionHistory, History, write_history
+from .history import HISTORY_FILE, ExpressionHistory, History, write_history
 from .store import Store
 
 if TYPE_CHECKING:
     import torch
 
     from .train import EpochResult
+
+
+CONFIG_FILE = "config.json"
+_UNFINISHED = "unfinished"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -230,34 +234,51 @@ def _train(options: argparse.Namespace) -> int:
     from .device import pick_device
     from .distributed import launched
 
-    with launched() as join:
+    finished: list[str] = []
+    with launched() as join, _finished_said(options.out, finished), contextlib.ExitStack() as stack:
         settings = dotted.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
         config = dotted.override(PRESETS[options.preset](), settings)
+        stack.enter_context(_shortage_said(config, options.out))
         device = pick_device(options.device)
         cohort = load_cohort(options.data_root, config.data)
-        expressions = choose_expressions(cohort.manifest, options.expression)
+        parts = {name: cohort.only(name) for name in choose_expressions(cohort.manifest, options.expression)}
+        for expression, part in parts.items():
+            _check(config, part, expression)
         if join(device).first:
-            _train_and_keep(options.out, config, cohort, expressions, device)
+            _train_and_keep(options.out, config, parts, device, finished)
         else:
-            for expression in expressions:
-                for _ in _epochs(config, cohort.only(expression), expression, device):
+            for expression, part in parts.items():
+                for _ in _epochs(config, part, expression, device):
                     pass
+                finished.append(expression)
     return 0
 
 
+def _check(config: Config, part: Cohort, expression: str) -> None:
+    """Refuses an expression that cannot be trained or tested, and names it."""
+    from .data.dataset import ClipDataset
+    from .train import check_samples
+
+    try:
+        check_samples(config, part.store, part.train, part.validation)
+        ClipDataset(part.store, part.test, config, train=False)
+    except QafeError as err:
+        raise type(err)(f"{expression}: {err}") from err
+
+
 def _train_and_keep(
-    out: Path | None, config: Config, cohort: Cohort, expressions: Sequence[str], device: torch.device
+    out: Path | None, config: Config, parts: Mapping[str, Cohort], device: torch.device, finished: list[str]
 ) -> None:
+    """Trains and tests each expression; its model is kept from when it is trained, whatever comes after it."""
     from .score import SUFFIX, Scorer
     from .train import BEST_FILE
 
     test: dict[str, float] = {}
     history: History = {}
-    with _output_folder(out) as folder:
-        (folder / "config.json").write_text(dotted.to_json(config))
-        for expression in expressions:
-            part = cohort.only(expression)
-            entry = history[expression] = ExpressionHistory.start(part.validation)
+    with _output_folder(out) as (beside, folder):
+        (beside / CONFIG_FILE).write_text(dotted.to_json(config))
+        for expression, part in parts.items():
+            entry = ExpressionHistory.start(part.validation)
             result = None
             for result in _epochs(config, part, expression, device):
                 entry.add(result)
@@ -268,10 +289,16 @@ def _train_and_keep(
                     file=sys.stderr,
                 )
             assert result is not None
-            result.save(folder / expression)
-            (folder / expression / BEST_FILE).rename(folder / (expression + SUFFIX))
-            shutil.rmtree(folder / expression)
-            write_history(folder, history)
+            history[expression] = entry
+            result.save(beside / _UNFINISHED)
+            write_history(beside, history)
+            folder.mkdir(exist_ok=True)
+            (beside / _UNFINISHED / BEST_FILE).rename(folder / (expression + SUFFIX))
+            (beside / HISTORY_FILE).rename(folder / HISTORY_FILE)
+            if not finished:
+                (beside / CONFIG_FILE).rename(folder / CONFIG_FILE)
+            finished.append(expression)
+            shutil.rmtree(beside / _UNFINISHED)
             if part.test:
                 scores = Scorer(folder, device).score_samples(part.store, part.test)
                 test[expression] = metrics.spearman(scores, np.array([sample.score for sample in part.test]))
@@ -279,6 +306,55 @@ def _train_and_keep(
         _published_row(history, "validation", {name: entry.best.metrics["spearman"] for name, entry in history.items()})
     )
     print(_published_row(history, "test", test))
+
+
+@contextlib.contextmanager
+def _finished_said(out: Path | None, finished: Sequence[str]) -> Iterator[None]:
+    """What ends the block early says which expressions have been finished, and where their models are."""
+    from .score import SUFFIX
+
+    try:
+        yield
+    except BaseException as err:
+        # Of processes that train together the first one writes, and another one may be ahead of it.
+        kept = [name for name in finished if out is not None and (out / (name + SUFFIX)).is_file()]
+        if not kept:
+            raise
+        said = f"Finished, and kept in {out}: {', '.join(kept)}."
+        if isinstance(err, QafeError):
+            raise type(err)(f"{err} {said}") from err
+        if console.speaks():
+            print(said, file=sys.stderr)
+        raise
+
+
+@contextlib.contextmanager
+def _shortage_said(config: Config, out: Path | None) -> Iterator[None]:
+    """Says in one line what the block lacks: memory, room on the disk, or leave to read or write a file."""
+    from .device import out_of_memory
+
+    try:
+        yield
+    except OSError as err:
+        place = err.filename or out or tempfile.gettempdir()
+        raise ConfigError(
+            f"training must be able to read its data and to write its results, got {err.strerror or err} ({place}). "
+            "Make room there, or correct its permissions."
+        ) from err
+    except (RuntimeError, MemoryError) as err:
+        if not out_of_memory(err):
+            raise
+        batch, step = config.train.batch_size, config.train.batch_size * config.train.accumulate
+        ways = []
+        if batch > 1:
+            half = max(size for size in range(1, batch // 2 + 1) if step % size == 0)
+            ways.append(f"train.batch_size={half} and train.accumulate={step // half}")
+        if not config.train.checkpoint and not config.train.compile:
+            ways.append("train.checkpoint=true")
+        raise ConfigError(
+            f"a batch must fit into memory, and {batch} clip{'s' * (batch > 1)} at once do not (train.batch_size). "
+            f"Set {', or '.join(ways) or 'a smaller --preset'}."
+        ) from err
 
 
 def _epochs(config: Config, part: Cohort, expression: str, device: torch.device) -> Iterator[EpochResult]:
@@ -302,11 +378,14 @@ def _published_row(history: History, split: str, spearman: dict[str, float]) -> 
 
 
 @contextlib.contextmanager
-def _output_folder(wanted: Path | None) -> Iterator[Path]:
-    """A folder to write to, whose content is moved to the wanted one when all went well; else nothing is kept."""
+def _output_folder(wanted: Path | None) -> Iterator[tuple[Path, Path]]:
+    """A folder to write in, and on the same disk the wanted one, where what is whole is moved to.
+
+    The first goes away at the end. The second is not made before there is something to move; None: it is the first.
+    """
     if wanted is None:
         with tempfile.TemporaryDirectory() as name:
-            yield Path(name)
+            yield Path(name), Path(name)
         return
     wanted = wanted.absolute()
     if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
@@ -319,10 +398,7 @@ def _output_folder(wanted: Path | None) -> Iterator[Path]:
     except OSError as err:
         raise _unwritable(wanted, err) from err
     with beside as name:
-        yield Path(name)
-        wanted.mkdir(exist_ok=True)
-        for path in Path(name).iterdir():
-            path.rename(wanted / path.name)
+        yield Path(name), wanted
 
 
 def _unwritable(folder: Path, err: OSError) -> ConfigError:

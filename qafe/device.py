@@ -1,4 +1,4 @@
-"""Where a model is computed, and in what precision."""
+"""Where a model is computed, in what precision, and whether that has the memory."""
 
 from __future__ import annotations
 
@@ -40,10 +40,22 @@ def amp_dtype(settings: TrainConfig, device: torch.device) -> torch.dtype | None
     if choice == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if _computes_bf16(device) else torch.float16
     if choice == "fp16" and device.type == "cpu":
         raise ConfigError("fp16 needs a GPU, got device cpu (train.precision). Set train.precision=bf16 or fp32.")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    """Whether a GPU has bf16 without emulation; `torch.cuda.is_bf16_supported` asks about the current GPU alone."""
+    if torch.version.hip:
+        return True
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def precision_name(dtype: torch.dtype | None) -> str:
+    """What `amp_dtype` gave, as ``train.precision`` writes it."""
+    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -51,3 +63,10 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def out_of_memory(err: BaseException) -> bool:
+    """Whether an error says that the GPU's or the machine's memory is spent."""
+    if isinstance(err, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(err, RuntimeError) and "can't allocate memory" in str(err)

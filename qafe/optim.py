@@ -11,12 +11,23 @@ from torch import nn
 from .config import TrainConfig
 
 
-def build_optimizer(settings: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with momentum, as published, or AdamW; in one kernel for all parameters (``fused``)."""
+def build_optimizer(
+    settings: TrainConfig, parameters: list[nn.Parameter], *, scaled: bool = False
+) -> torch.optim.Optimizer:
+    """SGD with momentum, as published, or AdamW; in one kernel for all parameters (``fused``).
+
+    Args:
+        scaled: a GradScaler takes its steps. Fused SGD is then called on an overflow too, where it makes its momentum
+            and leaves it without values (torch 2.13), which the next step reads.
+    """
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=fused
+            parameters,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            fused=None if scaled and settings.momentum > 0 else fused,  # None: over all tensors at once, on a GPU.
         )
     return torch.optim.AdamW(
         parameters,

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from .errors import ManifestError
 
+_NAME_BYTES = 200
+"""File systems take names of 255, and a model's has a suffix."""
+
 
 def read_rows(path: Path, columns: Sequence[str], a_row: str) -> list[tuple[int, dict[str, str]]]:
     """(line number, row) pairs of a CSV file; blank lines are passed over, cells and header names stripped.
@@ -55,6 +58,23 @@ def read_rows(path: Path, columns: Sequence[str], a_row: str) -> list[tuple[int,
     if not rows:
         raise ManifestError(f"{name} must have at least one row, got none. Add {a_row}.")
     return rows
+
+
+EXPRESSION_RULE = (
+    r"an expression's name must do for a file and for --expression: no '/', '\', ',' or NUL in it, no dot before it, "
+    f"no blanks around it, at most {_NAME_BYTES} bytes, and not 'all'"
+)
+
+
+def is_expression_name(name: str) -> bool:
+    """Whether a name keeps `EXPRESSION_RULE`: a model's file is called like its expression."""
+    return (
+        0 < len(name.encode()) <= _NAME_BYTES
+        and name == name.strip()
+        and not name.startswith(".")
+        and not any(mark in name for mark in "/\\,\0")
+        and name != "all"
+    )
 
 
 def _cells(reader: Iterator[list[str]], name: str) -> Iterator[list[str]]:

@@ -27,7 +27,7 @@ from .config import Config
 from .data.dataset import Clip, ClipBatch, ClipDataset, model_inputs
 from .data.loader import clip_loader, evaluation_loader, read_batches
 from .data.manifest import Sample
-from .device import amp_dtype, peak_memory_mb, pick_device
+from .device import amp_dtype, peak_memory_mb, pick_device, precision_name
 from .distributed import Ranks, Shares, gradients_summed, take_compile_cache
 from .errors import CheckpointError, ManifestError
 from .losses import BATCH_LOSSES, build_loss
@@ -125,15 +125,36 @@ def fit(
         MediaError: (from the generator) a frame cannot be read.
         FloatingPointError: (from the generator) the training loss is not finite.
     """
+    _check_counts(train, validation)
+    run = _Run(config, store, train, validation, device or pick_device())
+    if resume_from is not None:
+        run.restore(resume_from)
+    return run.epochs()
+
+
+def check_samples(config: Config, store: Store, train: Sequence[Sample], validation: Sequence[Sample]) -> None:
+    """Refuses the samples that `fit` would refuse, without a model.
+
+    Raises:
+        ManifestError: too few samples to train or to validate on, or their heatmaps do not fit the settings.
+        ConfigError: the loss does not fit the scores.
+    """
+    _check_counts(train, validation)
+    for samples in (train, validation):
+        ClipDataset(store, samples, config, train=False)
+    build_loss(config.train, _scores(train))
+
+
+def _check_counts(train: Sequence[Sample], validation: Sequence[Sample]) -> None:
     if len(train) < 2 or len(validation) < 3:
         raise ManifestError(
             "training needs at least 2 training and 3 validation clips of the expression, got "
             f"{len(train)} and {len(validation)}. Add patients or choose another --expression."
         )
-    run = _Run(config, store, train, validation, device or pick_device())
-    if resume_from is not None:
-        run.restore(resume_from)
-    return run.epochs()
+
+
+def _scores(samples: Sequence[Sample]) -> Tensor:
+    return torch.tensor([sample.score for sample in samples], dtype=torch.float32)
 
 
 class _Run:
@@ -169,13 +190,13 @@ class _Run:
             # Batches have few sizes, and Inductor fails on some graphs with symbolic ones (torch 2.13).
             forward = torch.compile(self.model, dynamic=False)
         self.forward = self.ranks.parallel(forward)
-        scores = torch.tensor([sample.score for sample in train], dtype=torch.float32)
-        self.loss = build_loss(config.train, scores).to(device)
+        self.loss = build_loss(config.train, _scores(train)).to(device)
         parameters = [p for m in (self.model, self.loss) for p in m.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(config.train, parameters)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config.train))
         self.amp_dtype = amp_dtype(config.train, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+        scaled = self.amp_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self.optimizer = build_optimizer(config.train, parameters, scaled=scaled)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config.train))
         self.epoch = 0
         self.best_epoch = 0
         self.best_key = (-np.inf, -np.inf)
@@ -324,10 +345,16 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "precision": precision_name(self.amp_dtype),
         }
         unfinished = folder / (STATE_FILE + ".unfinished")
         with open(unfinished, "wb") as out:
-            torch.save(state, out)
+            try:
+                torch.save(state, out)
+            except RuntimeError as err:
+                if isinstance(err.__context__, OSError):  # On a full disk torch (2.13) complains of its own file.
+                    raise err.__context__ from None
+                raise
             out.flush()
             if synced:
                 os.fsync(out.fileno())
@@ -338,6 +365,10 @@ class _Run:
     def restore(self, folder: Path) -> None:
         state = _read_state(folder / STATE_FILE)
         ours, theirs = _same_steps(self.config), _same_steps(dotted.from_json(state["config"]))
+        held = state.get("precision")  # Older states lack it.
+        if held is not None:
+            self._keep_precision(held, folder / STATE_FILE)
+            theirs["train.precision"] = ours["train.precision"]  # However it is written.
         if ours != theirs:
             changed = [f"{name}={theirs[name]}" for name in ours if ours[name] != theirs[name]]
             raise CheckpointError(
@@ -351,7 +382,18 @@ class _Run:
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # Empty where the precision was another, in an older state.
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _keep_precision(self, held: str, path: Path) -> None:
+        """What ``train.precision=auto`` means depends on the GPU, and the numbers on what it means."""
+        ours, wanted = precision_name(self.amp_dtype), self.config.train.precision
+        if held != ours:
+            raise CheckpointError(
+                f"a run resumes in the precision that it was started in; {path} has {held}, and here "
+                f"train.precision={wanted} is {ours} (on {self.device}). Set train.precision={held}, take a device "
+                "like the earlier one, or start anew."
+            )
 
 
 def epoch_batches(clips: int, batch_size: int) -> list[list[int]]:

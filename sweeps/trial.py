@@ -37,6 +37,7 @@ from qafe import dotted, metrics
 from qafe.config import Config
 from qafe.data.cohort import split_cohort
 from qafe.data.manifest import Manifest, read_manifest
+from qafe.device import out_of_memory
 from qafe.errors import ManifestError, MediaError, QafeError
 from qafe.history import ExpressionHistory, History, read_history, write_history
 from qafe.store import Store
@@ -227,13 +228,6 @@ def has_room(folder: Path, size: int = 0) -> bool:
     """Whether so many bytes fit beside what is kept free for the sweep's own records."""
     usage = shutil.disk_usage(folder)
     return usage.free >= size + min(RESERVE_BYTES, int(RESERVE_SHARE * usage.total))
-
-
-def out_of_memory(err: BaseException) -> bool:
-    """Whether an error says that the GPU's or the machine's memory is spent."""
-    if isinstance(err, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(err, RuntimeError) and "can't allocate memory" in str(err)
 
 
 def summary(results: dict[str, EpochResult], history: History, config: Config) -> dict[str, Any]:

@@ -1,17 +1,26 @@
 """``python -m qafe`` as a user runs it: results on stdout, one line for a mistake, nothing half-written."""
 
+import errno
 import json
+import os
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from qafe import __main__ as command
 from qafe.__main__ import main
+from qafe.config import Config, tiny
+from qafe.data.cohort import Cohort, load_cohort
 from qafe.data.sample import SampleConfig
 from qafe.history import read_history
 from qafe.score import Scorer
 from qafe.store import Store
+from qafe.train import EpochResult, _Run
 
 from .conftest import QUICK_FLAGS
 
@@ -70,6 +79,128 @@ def test_train_writes_to_an_empty_folder_too(sample_root: Path, tmp_path: Path) 
     flags = ["--data-root", str(sample_root), "--preset", "tiny", "--out", str(tmp_path), *QUICK_FLAGS]
     assert main(["train", *flags, "--set", "train.epochs=1"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "history.json", "smile.safetensors"]
+
+
+def without_frown(sample_root: Path, target: Path, change: str) -> Path:
+    """A copy with no frown of a training patient that is left for validation, or with one whose frames are damaged."""
+    shutil.copytree(sample_root, target)
+    if change == "few":
+        table = target / "sample_train.csv"
+        lines = table.read_text().splitlines()
+        kept = [line for line in lines if "frown" not in line]
+        table.write_text("\n".join([*kept, *[line for line in lines if "frown" in line][:1]]) + "\n")
+        return target
+    cohort = load_cohort(target, tiny().data).only("frown" if change == "training" else "smile")
+    sample = (cohort.train if change == "training" else cohort.test)[0]
+    for frame in cohort.store.frame_paths(sample.patient, sample.video):
+        frame.write_bytes(frame.read_bytes()[:-100])
+    return target
+
+
+def test_every_expression_is_checked_before_the_first_is_trained(
+    sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = without_frown(sample_root, tmp_path / "copy", "few")
+    flags = ["--preset", "tiny", "--expression", "smile,frown", "--out", str(tmp_path / "out"), *QUICK_FLAGS]
+    assert main(["train", "--data-root", str(root), *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: frown: training needs at least 2 training and 3 validation clips")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize(("failing", "into"), [("training", "new"), ("training", "empty"), ("test", "new")])
+def test_a_finished_model_outlives_what_fails_after_it(
+    failing: str, into: str, sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = without_frown(sample_root, tmp_path / "copy", failing), tmp_path / "out"
+    if into == "empty":
+        out.mkdir()
+    flags = ["--preset", "tiny", "--expression", "smile,frown", "--out", str(out), *QUICK_FLAGS]
+    assert main(["train", "--data-root", str(root), *flags, "--set", "train.epochs=1"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = [line for line in printed.err.splitlines() if not line.startswith("smile epoch ")]
+    assert line.startswith("error: a frame must be a whole JPEG")
+    assert line.endswith(f" Finished, and kept in {out}: smile.")
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "history.json", "smile.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "out"]
+    assert list(read_history(out)) == ["smile"]
+    clip = next((sample_root / "frames").glob("*/*smile*"))
+    assert np.isfinite(Scorer(out).score_clip(clip))
+
+
+def test_an_interrupt_says_what_is_finished(
+    sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    epochs, out = command._epochs, tmp_path / "out"
+
+    def interrupted(config: Config, part: Cohort, expression: str, device: torch.device) -> Iterator[EpochResult]:
+        if expression == "frown":
+            raise KeyboardInterrupt
+        return epochs(config, part, expression, device)
+
+    monkeypatch.setattr(command, "_epochs", interrupted)
+    flags = ["--preset", "tiny", "--expression", "smile,frown", *QUICK_FLAGS, "--set", "train.epochs=1"]
+    assert main(["train", "--data-root", str(sample_root), *flags, "--out", str(out)]) == 130
+    assert capsys.readouterr().err.splitlines()[-2:] == [f"Finished, and kept in {out}: smile.", "interrupted"]
+    assert (out / "smile.safetensors").is_file()
+    assert main(["train", "--data-root", str(sample_root), *flags]) == 130
+    assert "kept" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("err", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), None], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({}, "Set train.batch_size=2 and train.accumulate=2, or train.checkpoint=true."),
+        (
+            {"train.batch_size": 6, "train.accumulate": 2, "train.checkpoint": True},
+            "Set train.batch_size=3 and train.accumulate=4.",
+        ),
+        ({"train.batch_size": 5}, "Set train.batch_size=1 and train.accumulate=5, or train.checkpoint=true."),
+        ({"train.batch_size": 1, "train.loss": "mse"}, "Set train.checkpoint=true."),
+        ({"train.batch_size": 1, "train.loss": "mse", "train.checkpoint": True}, "Set a smaller --preset."),
+    ],
+    ids=["4", "6", "5", "1", "nothing"],
+)
+def test_too_little_memory_gets_one_line(
+    settings: dict[str, object],
+    step: str,
+    err: Exception | None,
+    sample_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        if err is not None:
+            raise err
+        torch.empty(2**46)
+
+    monkeypatch.setattr(_Run, "_step", fail)
+    flags = [flag for name, value in settings.items() for flag in ("--set", f"{name}={value}")]
+    line = ["train", "--data-root", str(sample_root), "--preset", "tiny", *QUICK_FLAGS, *flags]
+    assert main(line) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    batch = settings.get("train.batch_size", 4)
+    assert told.startswith(f"error: a batch must fit into memory, and {batch} clip")
+    assert told.endswith(f"(train.batch_size). {step}")
+
+
+def test_a_full_disk_gets_one_line(sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    line = ["train", "--data-root", str(sample_root), "--preset", "tiny", "--no-cache", "--out", str(out)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert main([*line, *QUICK_FLAGS, "--set", "train.epochs=1"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("smile epoch ")]
+    assert told == [
+        "error: training must be able to read its data and to write its results, got "
+        f"{os.strerror(errno.EFBIG)} ({out}). Make room there, or correct its permissions."
+    ]
+    assert list(tmp_path.iterdir()) == []
 
 
 def broken_copy(sample_root: Path, target: Path, change: str) -> Path:

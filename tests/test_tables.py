@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qafe.errors import ManifestError
-from qafe.tables import read_rows
+from qafe.tables import is_expression_name, read_rows
 
 
 def read(tmp_path: Path, data: str | bytes) -> list[tuple[int, dict[str, str]]]:
@@ -58,3 +58,15 @@ def test_no_file(tmp_path: Path) -> None:
     for path in (tmp_path / "none.csv", tmp_path):
         with pytest.raises(ManifestError, match="cannot be read"):
             read_rows(path, ("id",), "a row")
+
+
+@pytest.mark.parametrize("name", ["smile", "wide eyes", "Lächeln", "笑", "7", "a.b", "all of it", "x" * 200])
+def test_names_of_expressions(name: str) -> None:
+    assert is_expression_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "all", "a/b", "a\\b", "a\0b", "a,b", ".a", "..", " a", "a ", "a\n", "\u00a0a", "x" * 201, "笑" * 67]
+)
+def test_what_cannot_name_an_expression(name: str) -> None:
+    assert not is_expression_name(name)

@@ -151,6 +151,60 @@ def test_a_run_resumes_only_what_it_was(quick: Config, smile: Cohort, tmp_path: 
         train(quick, smile, resume_from=tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (torch.bfloat16, torch.float16),
+        (torch.float16, torch.bfloat16),
+        (None, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_run_resumes_in_its_own_precision(
+    quick: Config,
+    smile: Cohort,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: torch.dtype | None,
+    after: torch.dtype,
+) -> None:
+    def fitted(dtype: torch.dtype | None, settings: dict[str, object], resume_from: Path | None) -> EpochResult:
+        monkeypatch.setattr("qafe.train.amp_dtype", lambda *_: dtype)
+        config, device = override(quick, settings), torch.device("cpu")
+        return next(fit(config, smile.store, smile.train, smile.validation, device=device, resume_from=resume_from))
+
+    fitted(before, {}, None).save(tmp_path)
+    if before == after:
+        assert fitted(after, {"train.precision": "bf16"}, tmp_path).epoch == 2, "auto was bf16 before"
+        return
+    names = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    with pytest.raises(CheckpointError) as caught:
+        fitted(after, {}, tmp_path)
+    assert f"last.pt has {names[before]}, and here train.precision=auto is {names[after]} (on cpu)" in str(caught.value)
+    assert f"Set train.precision={names[before]}," in str(caught.value)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_state_of_an_earlier_version_does_not_know_its_precision(
+    quick: Config, smile: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool
+) -> None:
+    dtype = torch.float16 if scaled else None
+    device = torch.device("cpu")
+    monkeypatch.setattr("qafe.train.amp_dtype", lambda *_: dtype)
+    next(fit(quick, smile.store, smile.train, smile.validation, device=device)).save(tmp_path)
+    state = torch.load(tmp_path / STATE_FILE)
+    assert bool(state["scaler"]) == scaled
+    del state["precision"]
+    torch.save(state, tmp_path / STATE_FILE)
+    monkeypatch.setattr("qafe.train.amp_dtype", lambda *_: torch.float16)
+    resumed = next(fit(quick, smile.store, smile.train, smile.validation, device=device, resume_from=tmp_path))
+    assert resumed.epoch == 2
+    assert math.isfinite(resumed.train_loss)
+    with pytest.raises(CheckpointError, match=r"train\.precision=auto"):
+        train(override(quick, {"train.precision": "bf16"}), smile, resume_from=tmp_path)
+
+
 def test_a_loss_that_explodes_is_said_at_once(quick: Config, smile: Cohort) -> None:
     with pytest.raises(FloatingPointError, match="epoch 1"):
         train(override(quick, {"train.loss": "mse", "train.lr": 1e30, "train.optimizer": "sgd"}), smile)
@@ -192,9 +246,15 @@ def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert amp_dtype(TrainConfig(), cpu) is None
     assert amp_dtype(TrainConfig(precision="bf16"), cpu) == torch.bfloat16
-    # A GPU that only emulates bf16, as torch answers for it.
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert amp_dtype(TrainConfig(), torch.device("cuda")) == torch.float16
+    # A machine with an A100 and a V100, which only emulates bf16; the A100 is the current one.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    major = {None: 8, 0: 8, 1: 7}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major[torch.device(device).index], 0))
+    for name, dtype in (("cuda", torch.bfloat16), ("cuda:0", torch.bfloat16), ("cuda:1", torch.float16)):
+        assert amp_dtype(TrainConfig(), torch.device(name)) == dtype
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert amp_dtype(TrainConfig(), torch.device("cuda:1")) == torch.bfloat16
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         amp_dtype(TrainConfig(precision="fp16"), cpu)
     with pytest.raises(ConfigError, match="device"):

@@ -81,13 +81,13 @@ class FrameCache:
         known = self._known.get(key)
         if known is None or known.stamp != stamp:
             path = self.folder / f"{identity(store, patient, video, size_px)}.rgb"
-            known = self._known[key] = _Known(path, stamp)
+            known = self._known[key] = _Known(path, stamp, len(store.frame_paths(patient, video)))
         try:
             if time.monotonic() > known.touched + _TOUCH_S:
                 os.utime(known.path)  # The time of the last use; FileNotFoundError if it is not there.
                 known.touched = time.monotonic()
-            return _mapped(known.path, size_px)
-        except (FileNotFoundError, ValueError):  # ValueError: not whole frames; not by us.
+            return _mapped(known.path, known.count, size_px)
+        except (FileNotFoundError, ValueError):  # ValueError: not all frames; not by us.
             pass
         except OSError as err:
             self._give_up(f"cannot be read ({err.strerror})")
@@ -95,14 +95,13 @@ class FrameCache:
         if time.monotonic() < self._no_room_until:
             return None
         try:
-            return _mapped(known.path, size_px) if self._build(known.path, *key) else None
+            return _mapped(known.path, known.count, size_px) if self._build(known.path, known.count, *key) else None
         except OSError as err:
             self._give_up(f"cannot be written ({err.strerror})")
             return None
 
-    def _build(self, path: Path, store: Store, patient: str, video: str, size_px: int) -> bool:
+    def _build(self, path: Path, count: int, store: Store, patient: str, video: str, size_px: int) -> bool:
         """Writes a video beside and renames it; False if there is no room or another process is at it."""
-        count = len(store.frame_paths(patient, video))
         need = count * size_px**2 * 3
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # These are patients' faces.
         if not self._make_room(need):
@@ -120,9 +119,12 @@ class FrameCache:
                 os.fsync(descriptor)
                 if identity(store, patient, video, size_px) != path.stem:  # They were changed meanwhile.
                     return False
+                if not _is_file(beside, descriptor):  # It was deleted, and may be another process's by now.
+                    return False
                 beside.rename(path)
             finally:
-                beside.unlink(missing_ok=True)
+                if _is_file(beside, descriptor):
+                    beside.unlink(missing_ok=True)
         return True
 
     def _make_room(self, need: int) -> bool:
@@ -137,8 +139,8 @@ class FrameCache:
             if file.used > time.time() - IN_USE_S:
                 break
             with contextlib.suppress(OSError):
-                file.path.unlink()  # Who has it mapped keeps its content.
-                held, free = held - file.size, free + file.size
+                if _delete(file.path):
+                    held, free = held - file.size, free + file.size
         if held + need > self.limit_bytes:
             self._give_up(f"has reached its limit of {self.limit_bytes / 2**30:g} GiB (data.cache_gb)")
         elif need > free:
@@ -156,6 +158,7 @@ class FrameCache:
 class _Known:
     path: Path
     stamp: tuple[int, int]
+    count: int
     touched: float = -_TOUCH_S
 
 
@@ -180,9 +183,9 @@ def cache_size(folder: Path | None = None) -> tuple[int, int]:
 
 
 def clear_cache(folder: Path | None = None) -> None:
-    """Deletes all videos of the cache; who has one mapped keeps its content."""
+    """Deletes all videos of the cache but those that a process is building; who has one mapped keeps its content."""
     for file in _files(folder or cache_folder()):
-        file.path.unlink(missing_ok=True)
+        _delete(file.path)
 
 
 def _files(folder: Path) -> Iterator[_File]:
@@ -194,23 +197,46 @@ def _files(folder: Path) -> Iterator[_File]:
                     yield _File(Path(entry.path), found.st_size, found.st_mtime)
 
 
+def _delete(path: Path) -> bool:
+    """Deletes a file of the cache, and returns whether that is done; what is being built stays."""
+    if path.suffix == ".rgb":
+        path.unlink(missing_ok=True)  # Who has it mapped keeps its content.
+        return True
+    with contextlib.suppress(FileNotFoundError), _only_builder(path, os.O_RDWR) as descriptor:
+        if descriptor is None:
+            return False
+        path.unlink()
+    return True
+
+
 @contextlib.contextmanager
-def _only_builder(beside: Path) -> Iterator[int | None]:
-    """The file to build in, locked for as long as the process lives; None if another process has it."""
-    descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o600)
+def _only_builder(beside: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int | None]:
+    """The file to build in, locked for as long as the process lives; None if another process has it.
+
+    Only who has the lock may rename or delete the file, so that its name means the same file until then.
+    """
+    descriptor = os.open(beside, flags, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who had it may have renamed or deleted it before we had the lock.
-            ours = os.path.samestat(os.fstat(descriptor), os.stat(beside))
-        except (BlockingIOError, FileNotFoundError):
+            ours = _is_file(beside, descriptor)  # Who had it may have renamed or deleted it before we had the lock.
+        except BlockingIOError:
             ours = False
         yield descriptor if ours else None
     finally:
         os.close(descriptor)
 
 
+def _is_file(path: Path, descriptor: int) -> bool:
+    """Whether a path names the file that is open."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 @functools.lru_cache(maxsize=_MAPS)
-def _mapped(path: Path, size_px: int) -> Frames:
-    whole: Frames = np.memmap(path, np.uint8, mode="r").reshape(-1, size_px, size_px, 3).view(np.ndarray)
+def _mapped(path: Path, count: int, size_px: int) -> Frames:
+    """Raises: FileNotFoundError, or ValueError: the file does not hold so many frames."""
+    whole: Frames = np.memmap(path, np.uint8, mode="r").reshape(count, size_px, size_px, 3).view(np.ndarray)
     return whole

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..config import EXPRESSIONS
 from ..errors import ManifestError
 from ..store import CSV_COLUMNS, Split, Store
-from ..tables import read_rows
+from ..tables import EXPRESSION_RULE, is_expression_name, read_rows
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -120,12 +120,14 @@ def _read_sample(store: Store, row: dict[str, str], place: str) -> Sample:
             f"{place}: class must be PFED5's index 0-4 or an expression's name, got nothing (class). "
             "Write e.g. 1 or smile."
         )
-    return Sample(row["id"], patient, video, _expression(row["class"]), score, frames)
+    return Sample(row["id"], patient, video, _expression(row["class"], place), score, frames)
 
 
-def _expression(text: str) -> str:
+def _expression(text: str, place: str) -> str:
     if text in map(str, range(len(EXPRESSIONS))):
         return EXPRESSIONS[int(text)]
+    if not is_expression_name(text):
+        raise ManifestError(f"{place}: {EXPRESSION_RULE}, got {text!r} (class). Write another name, e.g. smile.")
     return text
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import ManifestError
-from ..tables import read_rows
+from ..tables import EXPRESSION_RULE, is_expression_name, read_rows
 from .video import IMAGE_SUFFIXES, SUFFIXES
 
 COLUMNS = ("video", "expression", "score")
@@ -148,6 +148,11 @@ def _recording(row: dict[str, str], source: str | None, place: str, trim: tuple[
         )
     if not row["expression"]:
         raise ManifestError(f"a video must show an expression, got nothing ({place}, column expression). Name it.")
+    if not is_expression_name(row["expression"]):
+        raise ManifestError(
+            f"{EXPRESSION_RULE}, got {row['expression']!r} ({place}, column expression). "
+            "Write another name, e.g. smile."
+        )
     score = _number(row["score"])
     if score is None:
         raise ManifestError(

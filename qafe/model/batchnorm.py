@@ -203,11 +203,13 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, variance, count = ctx.saved_tensors
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         gradient = gradient.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        # With fixed statistics, the gradients of weight and bias are the two sums that the input's is made of.
+        scale = torch.rsqrt(variance + ctx.eps)
+        # With fixed statistics, the gradients of weight and bias are the two sums that the input's is made of. A CPU
+        # takes the running statistics for them, a GPU the saved ones, which must be there (torch 2.13).
         parts = []
         for part, behind in zip(_chunks(x), _chunks(gradient), strict=True):
             _, *both = torch.ops.aten.native_batch_norm_backward(
-                behind, part, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
+                behind, part, weight, mean, variance, mean, scale, False, ctx.eps, [False, True, True]
             )
             parts.append(torch.stack(both))
         sums = torch.stack(parts).sum(dim=0)  # 2 C
@@ -215,7 +217,6 @@ class _Normalise(torch.autograd.Function):
         if ctx.together:
             dist.all_reduce(sums)
         shape = (-1, *[1] * (x.dim() - 2))  # C 1 ...
-        scale = torch.rsqrt(variance + ctx.eps)
         slope, centre = (weight * scale).view(shape), mean.view(shape)
         along, level = (-slope * part.view(shape) for part in (sums[0] * scale / count, sums[1] / count))
         of_x = torch.empty_like(x)

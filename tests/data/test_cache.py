@@ -1,5 +1,6 @@
 """qafe/data/cache.py: made once, shared, never stale, and never in the way."""
 
+import contextlib
 import errno
 import logging
 import multiprocessing
@@ -224,6 +225,63 @@ def test_a_builder_that_comes_late_does_not_touch_the_finished_video(store: Stor
         os.close(late)
 
 
+def test_a_builder_that_is_done_leaves_the_next_ones_file(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+    with contextlib.ExitStack() as other:
+
+        def renamed(beside: Path, path: Path) -> Path:
+            done = rename(beside, path)
+            assert other.enter_context(module._only_builder(beside)) is not None
+            return done
+
+        monkeypatch.setattr(Path, "rename", renamed)
+        assert FrameCache(1).frames(store, *VIDEO, SIZE) is not None
+        name = identity(store, *VIDEO, SIZE)
+        assert files() == [f".{name}.building", f"{name}.rgb"]
+
+
+def test_a_builder_whose_file_was_deleted_publishes_no_other_ones(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, half = Store.read_frames, cache_folder() / f".{identity(store, *VIDEO, SIZE)}.building"
+    with contextlib.ExitStack() as other:
+
+        def replaced(*args: object) -> np.ndarray:
+            half.unlink()
+            assert other.enter_context(module._only_builder(half)) is not None
+            half.write_bytes(bytes(BYTES // 2))
+            return read(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Store, "read_frames", replaced)
+        assert FrameCache(1).frames(store, *VIDEO, SIZE) is None
+        assert files() == [half.name]
+        assert half.stat().st_size == BYTES // 2
+
+
+@pytest.mark.parametrize("how", ["clear", "room"])
+def test_what_is_being_built_is_not_deleted(how: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    FrameCache(1).frames(store, *store.videos()[2], SIZE)
+    (other,) = cache_folder().iterdir()
+    read = Store.read_frames
+    whole = decoded(store)
+    monkeypatch.setattr(module, "_BUILD_FRAMES", 5)
+
+    def cleared(*args: object) -> np.ndarray:
+        frames = read(*args)  # type: ignore[arg-type]
+        for path in cache_folder().iterdir():
+            age(path, 2 * module.IN_USE_S)
+        if how == "clear":
+            clear_cache()
+        else:
+            FrameCache(1)._make_room(2**30 - 1)
+        return frames
+
+    monkeypatch.setattr(Store, "read_frames", cleared)
+    found = FrameCache(1).frames(store, *VIDEO, SIZE)
+    assert not other.exists()
+    np.testing.assert_array_equal(found, whole)
+
+
 def test_kill_9_in_the_middle_leaves_nothing_that_is_read(store: Store) -> None:
     script = (
         "import sys, time; from qafe.store import Store; from qafe.data import cache\n"
@@ -354,9 +412,10 @@ def test_a_full_disk_costs_one_line_and_no_clip(
     assert case == "folder" or files() == []
 
 
-def test_a_damaged_file_is_made_again(store: Store) -> None:
+@pytest.mark.parametrize("content", [b"not whole frames", bytes(BYTES // 2), bytes(2 * BYTES), b""])
+def test_a_damaged_file_is_made_again(store: Store, content: bytes) -> None:
     FrameCache(1).frames(store, *VIDEO, SIZE)
     module._mapped.cache_clear()
     (path,) = cache_folder().iterdir()
-    path.write_bytes(b"not whole frames")
+    path.write_bytes(content)
     np.testing.assert_array_equal(FrameCache(1).frames(store, *VIDEO, SIZE), decoded(store))

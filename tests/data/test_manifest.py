@@ -91,6 +91,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "frames zero": (_edit(ROW, "clip01frown_P1,1,0,2"), r"line 3: frames must be a whole number.*'0'"),
     "frames count": (_edit(ROW, "clip01frown_P1,1,13,2"), r"line 3: frames must be the number.*is 12, got 13"),
     "class": (_edit(ROW, "clip01frown_P1,1,12,"), r"line 3: class must be"),
+    "class with a slash": (
+        _edit(ROW, "clip01frown_P1,1,12,a/b"),
+        r"line 3: an expression's name .*, got 'a/b' \(class\)",
+    ),
+    "class all": (_edit(ROW, "clip01frown_P1,1,12,all"), r"line 3: an expression's name .*, got 'all' \(class\)"),
     "both sides": (
         _edit("clip01frown_P1", "clip05frown_P5"),
         r"own_test\.csv line 2: a patient must be in the training or the test CSV.*'P5'.*own_train\.csv line 3",

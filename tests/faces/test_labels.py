@@ -214,6 +214,14 @@ def test_empty_cells(cohort: Cohort, field: str, told: str) -> None:
     assert f"labels.csv line 2, column {field}" in problems[0].reason
 
 
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "../smile", ".smile", "smile,frown", "all"])
+def test_names_that_no_model_can_have(cohort: Cohort, name: str) -> None:
+    cohort.put("a.mp4")
+    told = cohort.problem(f'P1,a.mp4,"{name}",1')
+    assert told.startswith("a.mp4: an expression's name must do for a file and for --expression: no '/', '\\', ',' or")
+    assert f", got {name!r} (labels.csv line 2, column expression). Write another name" in told
+
+
 def test_unicode_spaces_and_underscores(cohort: Cohort) -> None:
     cohort.put("Ünal Ö/lächeln 1.mp4", "study_7_P3/wide_eyes.mp4", "笑/笑.avi")
     good, problems = cohort.read(

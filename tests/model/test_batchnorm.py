@@ -1,5 +1,7 @@
 """qafe/model/batchnorm.py in one process: torch's numbers, as exact in ``channels_last``."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,3 +47,44 @@ def test_a_repeated_pass_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(first, again)
     assert norm.num_batches_tracked == 1
     torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 2, 3)))
+
+
+def test_the_sums_of_a_gradient_can_be_taken_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's kernel reads the saved mean and inverse deviation, where the CPU's reads the running statistics."""
+    monkeypatch.setattr(batchnorm, "_CHUNK_ROWS", 4)
+    operator, seen = torch.ops.aten.native_batch_norm_backward, []
+
+    def cuda_like(*args: Any) -> tuple[Tensor | None, ...]:
+        gradient, x, _, _, _, mean, inverse, train, _, _ = args
+        assert isinstance(mean, Tensor)
+        assert isinstance(inverse, Tensor)
+        assert not train
+        normalised = (x - mean.view(-1, 1, 1)) * inverse.view(-1, 1, 1)
+        found: tuple[Tensor | None, ...] = operator(*args)
+        for ours, theirs in zip(
+            found[1:], ((gradient * normalised).sum((0, 2, 3)), gradient.sum((0, 2, 3))), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+        seen.append(x)
+        return found
+
+    monkeypatch.setattr(torch.ops.aten, "native_batch_norm_backward", cuda_like)
+    x, gradient = (torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    passes(BatchNorm2d(3), x, gradient)
+    assert seen
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu_are_those_of_a_cpu() -> None:
+    torch.manual_seed(0)
+    starts, gradient = (torch.randn(4, 3, 8, 8), torch.rand(3) + 1, torch.zeros(3)), torch.randn(4, 3, 8, 8)
+    found = []
+    for device in ("cpu", "cuda"):
+        x, weight, bias = (start.detach().clone().to(device).requires_grad_() for start in starts)
+        variance, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+        count = torch.tensor(256.0, device=device)
+        y = batchnorm._Normalise.apply(x, weight, bias, mean, variance, count, 1e-5, True, False)
+        y.backward(gradient.to(device))
+        found.append([one.grad.cpu() for one in (x, weight, bias)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
