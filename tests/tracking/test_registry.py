@@ -1,3 +1,5 @@
+import sqlite3
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -5,12 +7,15 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 
 from qafe.errors import TrackingError
 from tracking.registry import OBJECTIVE, fetch, main, register
 
 from .stores import embedded
-from .test_runs import open_tracker
+from .test_runs import checkpoint, open_tracker, runs_of  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +41,21 @@ class Stopped(Exception):
     """Raised in place of logging a model."""
 
 
-@pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """The runs that a model was about to be logged to, when logging failed."""
+@pytest.fixture(autouse=True)
+def _own_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # mlflow.set_tracking_uri sets it: undone after the test
+
+
+@pytest.fixture
+def logged(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The runs that a model was about to be logged to, when logging failed."""
     runs: list[Run] = []
 
-    def log_model(**_: Any) -> None:
-        run = mlflow.active_run()
-        assert run is not None
-        runs.append(run)
+    def save_model(*, mlflow_model: Any, **_: Any) -> None:
+        runs.append(store.get_run(mlflow_model.run_id))
         raise Stopped
 
-    monkeypatch.setattr(mlflow.pyfunc, "log_model", log_model)
+    monkeypatch.setattr(mlflow.pyfunc, "save_model", save_model)
     return runs
 
 
@@ -60,20 +67,22 @@ def test_the_first_of_equally_good_trials_is_registered(store: MlflowClient, log
     assert [run.info.run_name for run in logged] == ["once-001", "once-000"]
 
 
-def test_a_failure_to_log_the_model_leaves_the_trial_as_it_ended(store: MlflowClient, logged: list[Run]) -> None:
-    experiment = store.get_experiment_by_name("study")
-    assert experiment is not None
+def test_a_failure_to_log_the_model_leaves_the_trial_as_it_ended(
+    store: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def log_model_artifacts(*_: Any) -> None:
+        raise Stopped
 
-    def ending() -> tuple[str, int]:
-        (run,) = store.search_runs([experiment.experiment_id], "attributes.run_name = 'once-002'")
-        return run.info.status, run.info.end_time
-
-    before = ending()
+    before = runs_of(store.tracking_uri)["once-002"]
+    monkeypatch.setattr(store, "log_model_artifacts", log_model_artifacts)
     with pytest.raises(Stopped):
         register(store, "once", trial=2)
-    assert len(logged) == 1
-    assert ending() == before
-    assert before[0] == "FINISHED"
+    after = runs_of(store.tracking_uri)["once-002"]
+    assert (after.info.status, after.info.end_time) == (before.info.status, before.info.end_time)
+    assert before.info.status == "FINISHED"
+    models = store.search_logged_models([before.info.experiment_id], f"source_run_id = '{before.info.run_id}'")
+    assert [model.status for model in models] == ["FAILED"]
+    assert store.search_registered_models() == []
 
 
 def test_a_name_that_two_sweeps_have_is_refused(store: MlflowClient, logged: list[Run]) -> None:
@@ -102,3 +111,53 @@ def test_no_store_is_made_by_mistake(
     with pytest.raises(TrackingError, match="there is no tracking store"):
         fetch("models:/qafe-net@champion")
     assert list(tmp_path.iterdir()) == []
+
+
+USER = "annagruenwald"
+
+
+@pytest.fixture(scope="module")
+def registered(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelVersion]:  # noqa: F811
+    """A store and its only version, registered by somebody with a name, a home, a folder and a temporary one."""
+    folder = tmp_path_factory.mktemp("registered")
+    client = MlflowClient(embedded(folder))
+    tracker = open_tracker(tmp_path_factory.mktemp("spool"), client.tracking_uri)
+    tracker.trial_started("0", 0, {"train.lr": 0.1})
+    tracker.trial_metrics("0", {OBJECTIVE: 0.5})
+    tracker.trial_ended("0", "finished", folder=checkpoint)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    own = tmp_path_factory.mktemp(USER)
+    for name in ("uv.lock", "pyproject.toml"):
+        (own / name).write_text(f'# {own}\n[project]\nname = "mine"\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "")
+        for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+            patch.setenv(variable, USER)
+        for variable in ("HOME", "TMPDIR"):
+            patch.setenv(variable, str(own))
+        patch.setattr(tempfile, "tempdir", str(own))
+        patch.chdir(own)
+        return folder, register(client, "s-1")
+
+
+def test_no_name_and_no_path_of_the_machine_is_registered(registered: tuple[Path, ModelVersion]) -> None:
+    folder, version = registered
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        found = {"dump": "\n".join(database.iterdump())}
+    files = [path for path in (folder / "mlruns").rglob("*") if path.is_file()]
+    assert {"MLmodel", "scorer.py", "requirements.txt", "smile.safetensors"} <= {path.name for path in files}
+    found |= {str(path.relative_to(folder)): path.read_bytes().decode(errors="ignore") for path in files}
+    signs = (USER, str(ROOT))
+    assert [name for name, text in found.items() if any(sign in name + text for sign in signs)] == []
+    about = next(path for path in files if path.name == "MLmodel").read_text()
+    assert tempfile.gettempdir() not in about
+    assert "file:" not in about
+    client = MlflowClient(embedded(folder))
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert model.tags.keys() == {"mlflow.modelVersions"}
+    assert model.params == {"train.lr": "0.1"}
+    assert {row.key: row.value for row in model.metrics} == {OBJECTIVE: 0.5}
+    run = client.get_run(version.run_id)
+    assert model.model_id in {output.model_id for output in run.outputs.model_outputs}
+    assert (run.info.status, version.tags["trial_run"]) == ("FINISHED", run.info.run_id)

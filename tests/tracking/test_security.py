@@ -135,6 +135,23 @@ def test_promotion_without_the_right_is_one_line(
     assert "champion" in capsys.readouterr().out
 
 
+def test_a_curator_adds_a_version_and_an_editor_does_not(
+    live: Live, champion: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = tmp_path / "files" / "artifacts" / "checkpoint"
+    weights.mkdir(parents=True)
+    (weights / "smile.safetensors").write_text("weights")
+    client = live.become("cora", monkeypatch)
+    version = registry.add_version(client, "qafe-net", champion, tmp_path / "files", {"sweep": "s-1"})
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert (logged.status, logged.tags.keys(), version.tags) == ("READY", {"mlflow.modelVersions"}, {"sweep": "s-1"})
+    fetched = registry.fetch(f"models:/qafe-net/{version.version}")
+    assert (fetched / "smile.safetensors").read_text() == "weights"
+    with pytest.raises(MlflowException, match="403"):
+        registry.add_version(live.become("ed", monkeypatch), "qafe-net", champion, tmp_path / "files", {})
+
+
 def test_a_grant_and_its_end(live: Live, champion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = live.become("ed", monkeypatch)
     assert main(["user", *live.flags, "grant", "ed", "model:qafe-net", "EDIT"]) == 0
