@@ -1,5 +1,11 @@
+import importlib.metadata
+import json
+import os
 import sqlite3
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +14,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
+from packaging.requirements import Requirement
 
 from qafe.errors import TrackingError
+from qafe.score import Scorer
 from tracking.registry import OBJECTIVE, fetch, main, register
 
 from .stores import embedded
@@ -161,3 +169,71 @@ def test_no_name_and_no_path_of_the_machine_is_registered(registered: tuple[Path
     run = client.get_run(version.run_id)
     assert model.model_id in {output.model_id for output in run.outputs.model_outputs}
     assert (run.info.status, version.tags["trial_run"]) == ("FINISHED", run.info.run_id)
+
+
+def needed(lines: Iterable[str]) -> set[str]:
+    """Names of the installed distributions that requirements bring, with what those require."""
+    waiting, found = [Requirement(line) for line in lines], set[tuple[str, str]]()
+    while waiting:
+        wanted = waiting.pop()
+        for extra in ("", *wanted.extras):
+            name = wanted.name.lower().replace("_", "-")
+            if (name, extra) in found:
+                continue
+            found.add((name, extra))
+            try:
+                lines = importlib.metadata.requires(wanted.name) or ()
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            more = [Requirement(line) for line in lines]
+            waiting += [each for each in more if each.marker is None or each.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}
+
+
+SCORE = """
+import json, sys
+hidden, uri, clip = set(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
+
+class Hidden:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden)
+import mlflow, pandas
+print(mlflow.pyfunc.load_model(uri).predict(pandas.DataFrame({"clip": [clip]}))["score"][0])
+"""
+
+
+def test_a_registered_model_scores_with_no_more_than_it_declares(
+    registered: tuple[Path, ModelVersion],
+    checkpoint: Path,  # noqa: F811
+    sample_root: Path,
+    tmp_path: Path,
+) -> None:
+    folder, version = registered
+    uri = f"models:/{version.name}/{version.version}"
+    mlflow.set_tracking_uri(embedded(folder))
+    model = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(tmp_path / "model")))
+    allowed = needed((model / "requirements.txt").read_text().splitlines())
+    hidden = {
+        name
+        for name, owners in importlib.metadata.packages_distributions().items()
+        if name not in ("qafe", "sweeps", "tracking")
+        and allowed.isdisjoint(owner.lower().replace("_", "-") for owner in owners)
+    }
+    assert {"torch", "mlflow"} <= allowed
+    assert {"ray", "pytest"} <= hidden
+    clip = next((sample_root / "frames").glob("*/*"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCORE, json.dumps(sorted(hidden)), uri, str(clip)],
+        cwd=tmp_path,
+        env=environment | {"MLFLOW_TRACKING_URI": embedded(folder)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = Scorer(model / "artifacts" / "checkpoint").score_clip(clip)
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-5)
