@@ -146,24 +146,24 @@ def fetch(uri: str) -> Path:
     """The weights folder of a registered model, downloaded; for ``python -m qafe score --model models:/...``.
 
     Raises:
-        TrackingError: nothing in the registry has that name, version or alias.
+        TrackingError: nothing in the registry has that name, version or alias, its files are not there, or the cache
+            folder cannot be written.
     """
     client = connect(create=False)
     mlflow.set_tracking_uri(client.tracking_uri)
     try:
-        source = client.get_model_version_download_uri(*_name_and_version(client, uri))
-        folder = _model_cache() / hashlib.sha256(source.encode()).hexdigest()[:16]
-        if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-                downloaded = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=unfinished)
-                os.replace(downloaded, folder)
-    except (MlflowException, OSError) as err:
+        # An alias may move at any moment: from here on it is one version.
+        name, version = _name_and_version(client, uri)
+        source = client.get_model_version_download_uri(name, version)
+    except MlflowException as err:
         known = ", ".join(found.name for found in client.search_registered_models()) or "none"
         raise TrackingError(
             f"the model must be in the registry of {masked(resolve_uri())}, {uri} is not (models there: {known}). "
             "Register and promote one with python -m tracking.registry."
         ) from err
+    folder = _model_cache() / hashlib.sha256(source.encode()).hexdigest()[:16]
+    if not folder.exists():
+        _download(f"models:/{name}/{version}", folder)
     weights = folder / "artifacts" / CHECKPOINT_FOLDER
     if not weights.is_dir():
         raise TrackingError(
@@ -171,6 +171,38 @@ def fetch(uri: str) -> Path:
             "Register one with python -m tracking.registry."
         )
     return weights
+
+
+def _download(uri: str, folder: Path) -> None:
+    """A version's files as a new folder, whole; several processes may do it at once."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            try:
+                downloaded = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=unfinished)
+            except MlflowException as err:
+                raise _not_downloaded(uri, err) from err
+            except OSError as err:  # MLflow's own have no number
+                if err.errno is None:
+                    raise _not_downloaded(uri, err) from err
+                raise
+            try:
+                os.replace(downloaded, folder)
+            except OSError:
+                if not folder.is_dir():  # no other process has been faster
+                    raise
+    except OSError as err:
+        raise TrackingError(
+            f"the cache of fetched models must be writable, {folder.parent} is not ({err.strerror or err}). "
+            "Free some space there, or name another place with XDG_CACHE_HOME."
+        ) from err
+
+
+def _not_downloaded(uri: str, err: Exception) -> TrackingError:
+    return TrackingError(
+        f"a registered model's files must be in its store, those of {uri} cannot be downloaded from "
+        f"{masked(resolve_uri())} ({masked(str(err))[:200]}). Look for them in its UI, or register the trial again."
+    )
 
 
 def _name_and_version(client: MlflowClient, uri: str) -> tuple[str, str]:

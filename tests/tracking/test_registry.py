@@ -1,3 +1,4 @@
+import errno
 import importlib.metadata
 import json
 import os
@@ -5,7 +6,9 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 from packaging.requirements import Requirement
 
 from qafe.errors import TrackingError
 from qafe.score import Scorer
-from tracking.registry import OBJECTIVE, fetch, main, register
+from tracking.registry import OBJECTIVE, add_version, fetch, main, promote, register
 
 from .stores import embedded
 from .test_runs import checkpoint, open_tracker, runs_of  # noqa: F401 (a fixture)
@@ -237,3 +241,83 @@ def test_a_registered_model_scores_with_no_more_than_it_declares(
     assert done.returncode == 0, done.stderr
     expected = Scorer(model / "artifacts" / "checkpoint").score_clip(clip)
     assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture
+def two_versions(
+    store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> tuple[MlflowClient, str]:
+    """A model of its own with two versions, the first champion, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri)
+    name, run = request.node.name, runs_of(store.tracking_uri)["once-001"]
+    for content in ("one", "two"):
+        weights = tmp_path / content / "artifacts" / "checkpoint"
+        weights.mkdir(parents=True)
+        (weights / "smile.safetensors").write_text(content)
+        add_version(store, name, run.info.run_id, tmp_path / content, {})
+    promote(store, name, "1")
+    return store, name
+
+
+def test_a_promotion_meanwhile_changes_nothing_that_is_fetched(
+    two_versions: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, name = two_versions
+    download = mlflow.artifacts.download_artifacts
+
+    def promoted(**given: Any) -> str:
+        promote(client, name, "2")
+        return str(download(**given))
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", promoted)
+    weights = fetch(f"models:/{name}@champion")
+    assert (weights / "smile.safetensors").read_text() == "one"
+    assert fetch(f"models:/{name}/1") == weights
+    assert (fetch(f"models:/{name}@champion") / "smile.safetensors").read_text() == "two"
+
+
+def test_two_that_fetch_at_once_get_the_same(
+    two_versions: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, name = two_versions
+    download, both = mlflow.artifacts.download_artifacts, threading.Barrier(2, timeout=60)
+
+    def together(**given: Any) -> str:
+        downloaded = str(download(**given))
+        both.wait()
+        return downloaded
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", together)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(fetch, [f"models:/{name}@champion"] * 2)
+    assert first == second
+    assert (first / "smile.safetensors").read_text() == "one"
+    assert len(list(first.parents[2].iterdir())) == 1  # nothing unfinished stays
+
+
+def test_what_keeps_a_model_from_being_fetched_is_said(
+    two_versions: tuple[MlflowClient, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, name = two_versions
+    for uri in (f"models:/{name}/3", f"models:/{name}@nobody", f"models:/{name}"):
+        with pytest.raises(TrackingError, match="the model must be in the registry"):
+            fetch(uri)
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with pytest.raises(TrackingError, match=r"cache of fetched models must be writable, .*file/qafe/models is not"):
+            fetch(f"models:/{name}/1")
+    for err, words in (
+        (OSError(errno.ENOSPC, "No space left on device"), r"is not \(No space left on device\)\. Free some space"),
+        (OSError("No such file or directory: 'x'"), r"files must be in its store, those of models:/.*/1 cannot be"),
+        (MlflowException("no such artifact"), r"files must be in its store, .* \(no such artifact\)"),
+    ):
+
+        def download(err: Exception = err, **_: Any) -> str:
+            raise err
+
+        monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
+        with pytest.raises(TrackingError, match=words):
+            fetch(f"models:/{name}@champion")
+    assert list((tmp_path / "cache" / "qafe" / "models").iterdir()) == []
