@@ -1,6 +1,7 @@
 """What a server with accounts refuses, asked for over the wire."""
 
 import http.client
+import json
 import os
 import stat
 from pathlib import Path
@@ -216,11 +217,55 @@ def test_nothing_is_written_outside_of_the_artifacts(live: Live, path: str) -> N
     assert not list(live.folder.glob("planted*"))
 
 
-def test_an_experiment_names_no_folder_of_the_server(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = live.become("ed", monkeypatch)
-    for place in ("file:///etc", "/etc", "etc", "FILE:///etc"):
-        with pytest.raises(MlflowException, match="403"):
-            client.create_experiment("theirs", artifact_location=place)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "file:///etc",
+        "/etc",
+        "etc",
+        "FILE:///etc",
+        " file:///etc",
+        "fi\tle:///etc",
+        "/etc/a://b/../..",
+        "://etc",
+        "x:///etc",
+        "dbfs:///etc",
+        "mlflow-artifacts:///../etc",
+        "mlflow-artifacts:///%2e%2e/etc",
+    ],
+)
+@pytest.mark.parametrize("api", ["api", "ajax-api"])
+def test_an_experiment_names_no_folder_of_the_server(live: Live, place: str, api: str) -> None:
+    plain = json.dumps({"name": "theirs", "artifact_location": place})
+    camel = json.dumps({"name": "theirs", "artifactLocation": place})
+    for body in (plain, camel, json.dumps(plain), json.dumps(camel)):
+        answer = live.post(f"/{api}/2.0/mlflow/experiments/create", body)
+        assert answer.status_code == 403, (body, answer.text)
+
+
+def test_an_experiment_may_lie_in_a_bucket_or_where_the_server_puts_it(live: Live) -> None:
+    for number, place in enumerate(({"artifactLocation": "s3://bucket/studies"}, {"artifact_location": ""}, {})):
+        made = live.post("/api/2.0/mlflow/experiments/create", json.dumps({"name": f"ok-{number}"} | place))
+        assert made.status_code == 200, made.text
+    for body in ("{bad", "[1]", '"a word"', ""):  # what MLflow itself refuses
+        assert live.post("/api/2.0/mlflow/experiments/create", body).status_code >= 400, body
+
+
+def test_a_trace_names_no_folder_of_the_server(live: Live, tmp_path: Path) -> None:
+    made = live.post("/api/2.0/mlflow/experiments/create", json.dumps({"name": "traces"}))
+    place = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": made.json()["experiment_id"]}}
+    trace = {"trace_id": "tr-" + "a" * 32, "trace_location": place, "request_time": "2024-01-01T00:00:00Z"}
+    started = live.post("/api/3.0/mlflow/traces", json.dumps({"trace": {"trace_info": trace | {"state": "OK"}}}))
+    assert started.status_code == 200, started.text
+    files = [f"/ajax-api/{version}/mlflow/get-trace-artifact?request_id={trace['trace_id']}" for version in (2.0, 3.0)]
+    assert {live.get(path, "ed").status_code for path in files}.isdisjoint({200, 403})  # it has none yet
+    (tmp_path / "traces.json").write_text(SECRET)
+    tag = json.dumps({"key": "mlflow.artifactLocation", "value": tmp_path.as_uri()})
+    live.post(f"/api/3.0/mlflow/traces/{trace['trace_id']}/tags", tag, method="PATCH")
+    for path in files:
+        answer = live.get(path, "ed")
+        assert answer.status_code == 403
+        assert SECRET not in answer.text
 
 
 def test_a_wrong_password_is_one_line(
