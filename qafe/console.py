@@ -11,9 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import rich.console
-import rich.progress
-
 from .errors import QafeError
 
 USER_ERROR = 2
@@ -60,6 +57,10 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
         yield say
         return
+    # Late: a registered model that only scores needs no rich.
+    import rich.console
+    import rich.progress
+
     columns = (*rich.progress.Progress.get_default_columns()[:-1], rich.progress.MofNCompleteColumn())
     with rich.progress.Progress(
         *columns, rich.progress.TimeRemainingColumn(), console=rich.console.Console(stderr=True)

@@ -33,9 +33,10 @@ from qafe.errors import TrackingError
 
 from .batches import batches
 from .connection import connect, masked
+from .registry import add_version
 from .runs import sweep_runs
 from .sender import experiment_id
-from .tags import MODEL_TYPE, STATE_TAG, SWEEP_ID_TAG, SWEEP_ITSELF, SWEEP_TAG, TRIAL_TAG
+from .tags import STATE_TAG, SWEEP_ID_TAG, SWEEP_ITSELF, SWEEP_TAG, TRIAL_TAG
 
 SWEEP_FILE = "sweep.json"
 PARENT_TAG = "mlflow.parentRunId"
@@ -91,7 +92,6 @@ def bring(client: MlflowClient, folder: Path) -> int:
         TrackingError: the folder is no exported sweep.
     """
     tree = _read(folder)
-    mlflow.set_tracking_uri(client.tracking_uri)  # an embedded registry asks it for models
     rows: dict[str, list[Metric]] = {}
     with open(folder / "metrics.csv", newline="") as table:
         for row in csv.DictReader(table):
@@ -117,7 +117,7 @@ def bring(client: MlflowClient, folder: Path) -> int:
                 client.set_terminated(run_id, status=run["status"], end_time=run["end"])
             done(number, len(tree["runs"]))
     for model in tree["models"]:
-        _bring_model(client, experiment, tree["sweep_id"], model, ids, folder / "models")
+        _bring_model(client, tree["sweep_id"], model, ids, folder / "models")
     return len(ids)
 
 
@@ -142,26 +142,17 @@ def _bring_run(client: MlflowClient, experiment: str, run: dict[str, Any], ids: 
     return run_id
 
 
-def _bring_model(
-    client: MlflowClient, experiment: str, sweep_id: str, model: dict[str, Any], ids: dict[str, str], folder: Path
-) -> None:
+def _bring_model(client: MlflowClient, sweep_id: str, model: dict[str, Any], ids: dict[str, str], folder: Path) -> None:
     """A registered version, with its files and tags; an alias only where nobody has it yet."""
     name, mark = model["name"], f"{sweep_id}/{model['version']}"
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
     versions = client.search_model_versions(f"name = '{name}'")
     version = next((each for each in versions if each.tags.get(IMPORTED_TAG) == mark), None)
     if version is None:
         if any(each.tags.get("trial_run") == model["tags"].get("trial_run") for each in versions):
             return  # this is where it came from
-        logged = client.create_logged_model(
-            experiment, name=name, source_run_id=ids[model["run"]], model_type=MODEL_TYPE
-        )
-        client.log_model_artifacts(logged.model_id, str(folder / f"{name}-{model['version']}"))
-        client.finalize_logged_model(logged.model_id, "READY")
         tags = model["tags"] | {IMPORTED_TAG: mark, "trial_run": ids[model["run"]]}
-        source = f"models:/{logged.model_id}"
-        version = client.create_model_version(name, source, ids[model["run"]], tags, model_id=logged.model_id)
+        files = folder / f"{name}-{model['version']}"
+        version = add_version(client, name, ids[model["run"]], files, tags)
     taken = client.get_registered_model(name).aliases
     for alias in model["aliases"]:
         if alias not in taken:

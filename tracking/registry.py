@@ -8,17 +8,21 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import LoggedModelOutput, Metric, Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.models.model import MLMODEL_FILE_NAME, MODEL_CODE_PATH
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from qafe import console
 from qafe.errors import TrackingError
@@ -27,51 +31,99 @@ from . import scorer
 from .connection import connect, masked, refused, resolve_uri
 from .figures import CHECKPOINT_FOLDER
 from .runs import STATE_TAG, SWEEP_TAG, TRIAL_TAG, sweep_runs
-from .tags import SWEEP_ITSELF
+from .tags import MODEL_TYPE, SWEEP_ITSELF
 
 MODEL = "qafe-net"
 CHAMPION = "champion"
 OBJECTIVE = "best_spearman"
+SCORES = (OBJECTIVE, "test_spearman")
+"""What a version says about itself."""
 REQUIREMENTS = ("torch", "einops", "jaxtyping", "numpy", "opencv-python-headless", "pandas", "pillow", "safetensors",
                 "scipy")  # fmt: skip
+UV_FILES = ("uv.lock", "pyproject.toml", ".python-version")
+"""What MLflow takes along from the folder that a command is run in."""
 
 
-def register(client: MlflowClient, sweep: str, *, model: str = MODEL, trial: int | None = None) -> Any:
+def register(client: MlflowClient, sweep: str, *, model: str = MODEL, trial: int | None = None) -> ModelVersion:
     """Registers a sweep's best trial (or the one with a number) as a new version of a model.
 
     Raises:
         TrackingError: there is no such sweep, or it has no finished trial with a checkpoint.
     """
     best = _best_run(client, sweep, trial)
-    mlflow.set_tracking_uri(client.tracking_uri)
+    run_id = str(best.info.run_id)
+    tags = {"sweep": best.data.tags[SWEEP_TAG], "trial_run": run_id}
+    tags |= {name: f"{best.data.metrics[name]:.4f}" for name in SCORES if name in best.data.metrics}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            weights = client.download_artifacts(best.info.run_id, CHECKPOINT_FOLDER, folder)
+            weights = client.download_artifacts(run_id, CHECKPOINT_FOLDER, folder)
         except (MlflowException, OSError) as err:
             raise TrackingError(
-                f"a trial needs its checkpoint to be registered, run {best.info.run_id} has none ({err}). "
+                f"a trial needs its checkpoint to be registered, run {run_id} has none ({err}). "
                 "Wait until the sweep has sent it (python -m tracking.runs replay)."
             ) from err
-        try:
-            with mlflow.start_run(run_id=best.info.run_id), warnings.catch_warnings():
-                # MLflow asks for an input example; ours would be the path of a patient's clip.
-                warnings.filterwarnings("ignore", message=".*input example.*")
-                info = mlflow.pyfunc.log_model(
-                    name=MODEL,
-                    python_model=scorer.__file__,
-                    artifacts={scorer.WEIGHTS: weights},
-                    code_paths=[str(_package_folder("qafe"))],
-                    signature=scorer.SIGNATURE,
-                    pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
-                )
-        finally:
-            # Logging the model opens and closes the run again, as failed if it fails: it ended when its trial did.
-            client.set_terminated(best.info.run_id, status=best.info.status, end_time=best.info.end_time)
-    tags = {"sweep": best.data.tags[SWEEP_TAG], "trial_run": best.info.run_id}
-    tags |= {
-        name: f"{best.data.metrics[name]:.4f}" for name in (OBJECTIVE, "test_spearman") if name in best.data.metrics
-    }
-    return mlflow.register_model(info.model_uri, model, tags=tags)
+        files = Path(folder) / "model"
+        _save(files, weights, run_id)
+        return add_version(client, model, run_id, files, tags)
+
+
+def _save(files: Path, weights: str, run_id: str) -> None:
+    """Writes the pyfunc model into a new folder, without the paths that MLflow notes in it."""
+    with warnings.catch_warnings():
+        # MLflow asks for an input example; ours would be the path of a patient's clip.
+        warnings.filterwarnings("ignore", message=".*input example.*")
+        mlflow.pyfunc.save_model(
+            path=str(files),
+            python_model=scorer.__file__,
+            artifacts={scorer.WEIGHTS: weights},
+            code_paths=[str(_package_folder("qafe"))],
+            signature=scorer.SIGNATURE,
+            pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
+            mlflow_model=Model(run_id=run_id),
+        )
+    for folder in list(files.rglob("__pycache__")):
+        shutil.rmtree(folder)
+    for name in UV_FILES:
+        (files / name).unlink(missing_ok=True)
+    about = Model.load(str(files))
+    flavor = about.flavors[mlflow.pyfunc.FLAVOR_NAME]
+    flavor[MODEL_CODE_PATH] = Path(flavor[MODEL_CODE_PATH]).name  # all that MLflow reads of it
+    flavor["artifacts"][scorer.WEIGHTS]["uri"] = f"runs:/{run_id}/{CHECKPOINT_FOLDER}"
+    about.save(str(files / MLMODEL_FILE_NAME))
+
+
+def add_version(client: MlflowClient, model: str, run_id: str, files: Path, tags: Mapping[str, str]) -> ModelVersion:
+    """A new version of a registered model: a folder's files, as a LoggedModel of a run with its params and scores.
+
+    MLflow's own ``log_model`` and ``register_model`` would add the user's name and the command's path as tags.
+    """
+    mlflow.set_tracking_uri(client.tracking_uri)  # an embedded registry asks it for models
+    run = client.get_run(run_id)
+    logged = client.create_logged_model(
+        run.info.experiment_id, name=MODEL, source_run_id=run_id, params=run.data.params, model_type=MODEL_TYPE
+    ).model_id
+    try:
+        client.log_model_artifacts(logged, str(files))
+    except Exception:
+        client.finalize_logged_model(logged, "FAILED")
+        raise
+    client.finalize_logged_model(logged, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(logged, 0)])
+    histories = [client.get_metric_history(run_id, name) for name in SCORES if name in run.data.metrics]
+    last = [max(rows, key=lambda row: (row.step, row.timestamp)) for rows in histories]
+    linked = [Metric(row.key, row.value, row.timestamp, row.step, model_id=logged) for row in last]
+    if linked:
+        client.log_batch(run_id, metrics=linked)
+    try:
+        client.create_registered_model(model)
+    except MlflowException as err:
+        if err.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(model, f"models:/{logged}", run_id, dict(tags), model_id=logged)
+    if MLFLOW_MODEL_VERSIONS not in client.get_logged_model(logged).tags:  # a server has set it
+        known = [{"name": version.name, "version": version.version}]
+        client.set_logged_model_tags(logged, {MLFLOW_MODEL_VERSIONS: json.dumps(known)})
+    return version
 
 
 def promote(client: MlflowClient, model: str, version: str) -> None:
@@ -94,24 +146,24 @@ def fetch(uri: str) -> Path:
     """The weights folder of a registered model, downloaded; for ``python -m qafe score --model models:/...``.
 
     Raises:
-        TrackingError: nothing in the registry has that name, version or alias.
+        TrackingError: nothing in the registry has that name, version or alias, its files are not there, or the cache
+            folder cannot be written.
     """
     client = connect(create=False)
     mlflow.set_tracking_uri(client.tracking_uri)
     try:
-        source = client.get_model_version_download_uri(*_name_and_version(client, uri))
-        folder = _model_cache() / hashlib.sha256(source.encode()).hexdigest()[:16]
-        if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-                downloaded = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=unfinished)
-                os.replace(downloaded, folder)
-    except (MlflowException, OSError) as err:
+        # An alias may move at any moment: from here on it is one version.
+        name, version = _name_and_version(client, uri)
+        source = client.get_model_version_download_uri(name, version)
+    except MlflowException as err:
         known = ", ".join(found.name for found in client.search_registered_models()) or "none"
         raise TrackingError(
             f"the model must be in the registry of {masked(resolve_uri())}, {uri} is not (models there: {known}). "
             "Register and promote one with python -m tracking.registry."
         ) from err
+    folder = _model_cache() / hashlib.sha256(source.encode()).hexdigest()[:16]
+    if not folder.exists():
+        _download(f"models:/{name}/{version}", folder)
     weights = folder / "artifacts" / CHECKPOINT_FOLDER
     if not weights.is_dir():
         raise TrackingError(
@@ -119,6 +171,38 @@ def fetch(uri: str) -> Path:
             "Register one with python -m tracking.registry."
         )
     return weights
+
+
+def _download(uri: str, folder: Path) -> None:
+    """A version's files as a new folder, whole; several processes may do it at once."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            try:
+                downloaded = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=unfinished)
+            except MlflowException as err:
+                raise _not_downloaded(uri, err) from err
+            except OSError as err:  # MLflow's own have no number
+                if err.errno is None:
+                    raise _not_downloaded(uri, err) from err
+                raise
+            try:
+                os.replace(downloaded, folder)
+            except OSError:
+                if not folder.is_dir():  # no other process has been faster
+                    raise
+    except OSError as err:
+        raise TrackingError(
+            f"the cache of fetched models must be writable, {folder.parent} is not ({err.strerror or err}). "
+            "Free some space there, or name another place with XDG_CACHE_HOME."
+        ) from err
+
+
+def _not_downloaded(uri: str, err: Exception) -> TrackingError:
+    return TrackingError(
+        f"a registered model's files must be in its store, those of {uri} cannot be downloaded from "
+        f"{masked(resolve_uri())} ({masked(str(err))[:200]}). Look for them in its UI, or register the trial again."
+    )
 
 
 def _name_and_version(client: MlflowClient, uri: str) -> tuple[str, str]:

@@ -48,6 +48,12 @@ class Live:
     def get(self, path: str, name: str = "admin", **more: object) -> requests.Response:
         return requests.get(f"{self.url}{path}", auth=(name, PASSWORDS[name]), timeout=30, **more)  # type: ignore[arg-type]
 
+    def post(self, path: str, body: str, name: str = "ed", method: str = "POST") -> requests.Response:
+        """The answer to a body as it stands."""
+        headers = {"Content-Type": "application/json"}
+        account = (name, PASSWORDS[name])
+        return requests.request(method, f"{self.url}{path}", data=body, headers=headers, auth=account, timeout=30)
+
 
 @pytest.fixture(scope="session")
 def schema(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,6 +1,7 @@
 """What a server with accounts refuses, asked for over the wire."""
 
 import http.client
+import json
 import os
 import stat
 from pathlib import Path
@@ -135,6 +136,23 @@ def test_promotion_without_the_right_is_one_line(
     assert "champion" in capsys.readouterr().out
 
 
+def test_a_curator_adds_a_version_and_an_editor_does_not(
+    live: Live, champion: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = tmp_path / "files" / "artifacts" / "checkpoint"
+    weights.mkdir(parents=True)
+    (weights / "smile.safetensors").write_text("weights")
+    client = live.become("cora", monkeypatch)
+    version = registry.add_version(client, "qafe-net", champion, tmp_path / "files", {"sweep": "s-1"})
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert (logged.status, logged.tags.keys(), version.tags) == ("READY", {"mlflow.modelVersions"}, {"sweep": "s-1"})
+    fetched = registry.fetch(f"models:/qafe-net/{version.version}")
+    assert (fetched / "smile.safetensors").read_text() == "weights"
+    with pytest.raises(MlflowException, match="403"):
+        registry.add_version(live.become("ed", monkeypatch), "qafe-net", champion, tmp_path / "files", {})
+
+
 def test_a_grant_and_its_end(live: Live, champion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = live.become("ed", monkeypatch)
     assert main(["user", *live.flags, "grant", "ed", "model:qafe-net", "EDIT"]) == 0
@@ -199,11 +217,55 @@ def test_nothing_is_written_outside_of_the_artifacts(live: Live, path: str) -> N
     assert not list(live.folder.glob("planted*"))
 
 
-def test_an_experiment_names_no_folder_of_the_server(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = live.become("ed", monkeypatch)
-    for place in ("file:///etc", "/etc", "etc", "FILE:///etc"):
-        with pytest.raises(MlflowException, match="403"):
-            client.create_experiment("theirs", artifact_location=place)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "file:///etc",
+        "/etc",
+        "etc",
+        "FILE:///etc",
+        " file:///etc",
+        "fi\tle:///etc",
+        "/etc/a://b/../..",
+        "://etc",
+        "x:///etc",
+        "dbfs:///etc",
+        "mlflow-artifacts:///../etc",
+        "mlflow-artifacts:///%2e%2e/etc",
+    ],
+)
+@pytest.mark.parametrize("api", ["api", "ajax-api"])
+def test_an_experiment_names_no_folder_of_the_server(live: Live, place: str, api: str) -> None:
+    plain = json.dumps({"name": "theirs", "artifact_location": place})
+    camel = json.dumps({"name": "theirs", "artifactLocation": place})
+    for body in (plain, camel, json.dumps(plain), json.dumps(camel)):
+        answer = live.post(f"/{api}/2.0/mlflow/experiments/create", body)
+        assert answer.status_code == 403, (body, answer.text)
+
+
+def test_an_experiment_may_lie_in_a_bucket_or_where_the_server_puts_it(live: Live) -> None:
+    for number, place in enumerate(({"artifactLocation": "s3://bucket/studies"}, {"artifact_location": ""}, {})):
+        made = live.post("/api/2.0/mlflow/experiments/create", json.dumps({"name": f"ok-{number}"} | place))
+        assert made.status_code == 200, made.text
+    for body in ("{bad", "[1]", '"a word"', ""):  # what MLflow itself refuses
+        assert live.post("/api/2.0/mlflow/experiments/create", body).status_code >= 400, body
+
+
+def test_a_trace_names_no_folder_of_the_server(live: Live, tmp_path: Path) -> None:
+    made = live.post("/api/2.0/mlflow/experiments/create", json.dumps({"name": "traces"}))
+    place = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": made.json()["experiment_id"]}}
+    trace = {"trace_id": "tr-" + "a" * 32, "trace_location": place, "request_time": "2024-01-01T00:00:00Z"}
+    started = live.post("/api/3.0/mlflow/traces", json.dumps({"trace": {"trace_info": trace | {"state": "OK"}}}))
+    assert started.status_code == 200, started.text
+    files = [f"/ajax-api/{version}/mlflow/get-trace-artifact?request_id={trace['trace_id']}" for version in (2.0, 3.0)]
+    assert {live.get(path, "ed").status_code for path in files}.isdisjoint({200, 403})  # it has none yet
+    (tmp_path / "traces.json").write_text(SECRET)
+    tag = json.dumps({"key": "mlflow.artifactLocation", "value": tmp_path.as_uri()})
+    live.post(f"/api/3.0/mlflow/traces/{trace['trace_id']}/tags", tag, method="PATCH")
+    for path in files:
+        answer = live.get(path, "ed")
+        assert answer.status_code == 403
+        assert SECRET not in answer.text
 
 
 def test_a_wrong_password_is_one_line(
