@@ -214,7 +214,8 @@ class Sender:
     def _guard_of_sweep(self) -> Guard:
         if self._guard is None:
             opened = self._opening()
-            self._guard = Guard(opened.get("names", ()), opened.get("folders", ()), on=not opened.get("identifiable"))
+            names, folders, own = (opened.get(field, ()) for field in ("names", "folders", "own"))
+            self._guard = Guard(names, folders, own=own, on=not opened.get("identifiable"))
         return self._guard
 
     def _connected(self) -> MlflowClient:

@@ -80,6 +80,7 @@ class SweepTracker:
             dataset={"name": dataset[0], "digest": dataset[1], "clips": dict(clips or {})},
             names=list(secrets.names),
             folders=list(secrets.folders),
+            own=list(secrets.own),
             identifiable=identifiable,
         )
         self._thread = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)
