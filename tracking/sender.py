@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from qafe.errors import TrackingError
+from qafe.errors import CheckpointError, ConfigError, TrackingError
 from qafe.history import read_history
 
 from . import figures
@@ -53,6 +53,10 @@ LOOK_AHEAD_S = 0.02
 MODEL_METRICS = ("spearman", "spearman_low", "spearman_high", "mae", "pearson")
 
 
+class FilesLater(Exception):
+    """Files could not be made now, as where the disk is full; another time they may be."""
+
+
 class Sender:
     """Turns a spool's entries into MLflow runs.
 
@@ -73,7 +77,7 @@ class Sender:
         self._client: MlflowClient | None = None
         self._opened: Entry | None = None
         self._guard: Guard | None = None
-        self._said_refused = False
+        self._said = set[str]()
         self._handlers: dict[str, Callable[[MlflowClient, Entry], None]] = {
             "open": self._open,
             "trial": self._trial,
@@ -109,7 +113,7 @@ class Sender:
         return count
 
     def send_refused(self) -> int:
-        """Tries again what the server refused before, and returns how many entries it still refuses.
+        """Tries again what was set aside before, and returns how many entries still are.
 
         Raises:
             TrackingError: the server does not answer.
@@ -117,6 +121,8 @@ class Sender:
         entries, left = self.spool.refused(), []
         for entry in entries:
             tried = {name: value for name, value in entry.items() if name != "refused"}
+            if self._outlived(tried):
+                continue
             with self._translated(tried["kind"]):
                 client = self._connected()
                 try:
@@ -125,7 +131,7 @@ class Sender:
                     else:
                         self._handle(client, tried)
                 except Exception as err:
-                    if not refusal(err):
+                    if not _is_final(err):
                         raise
                     left.append(tried | {"refused": str(err)})
         if entries:
@@ -141,13 +147,13 @@ class Sender:
             try:
                 self._handle(client, entry)
             except Exception as err:
-                if not refusal(err):
+                if not _is_final(err):
                     raise
                 client.search_experiments(max_results=1)  # a sick database refuses all: then this raises, too
                 try:  # two sweeps that make the same thing at once: one of them is refused, once
                     self._handle(client, entry)
                 except Exception as again:
-                    if not refusal(again):
+                    if not _is_final(again):
                         raise
                     self._set_aside(entry, again)
 
@@ -192,10 +198,17 @@ class Sender:
 
     def _set_aside(self, entry: Entry, err: Exception) -> None:
         self.spool.set_aside(entry | {"refused": str(err)})
-        if not self._said_refused:
-            self._said_refused = True
-            refusal = masked(str(err))[:200]
-            logger.warning("the tracking server refuses something (%s): %s", self.spool.refused_path, refusal)
+        what = "files are left to a replay" if isinstance(err, FilesLater) else "the tracking server refuses something"
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s (%s): %s", what, self.spool.refused_path, masked(str(err))[:200])
+
+    def _outlived(self, entry: Entry) -> bool:
+        """Whether a trial went on after this end of it: its later end is the one that counts."""
+        return entry["kind"] == "trial_end" and any(
+            past["kind"] in ("trial", "trial_end") and past["trial"] == entry["trial"] and past["time"] > entry["time"]
+            for past in self.spool.entries()
+        )
 
     def _items(self, entry: Entry) -> list[Item]:
         """What an entry of metrics, params or tags holds, guarded."""
@@ -312,15 +325,27 @@ class Sender:
             client.log_text(run_id, entry["trace"], FAILURE_FILE)
         if entry["folder"]:
             with contextlib.ExitStack() as stack:
+                checkpoint = self._folder(entry)
                 try:
-                    folder = self._trial_files(client, Path(entry["folder"]), stack)
-                except Exception as err:  # whatever is wrong with the checkpoint, the others have to be sent
+                    folder = self._trial_files(client, checkpoint, stack)
+                except Exception as err:  # whatever is wrong, the others have to be sent
+                    if not _damaged(checkpoint, err):
+                        raise _later(err, f"trial {trial}") from err
                     logger.warning("run %s gets no files: %s", run_id, err)
                 else:
                     client.log_artifacts(run_id, str(folder))
                     if entry["state"] == "finished":
-                        self._model(client, run_id, Path(entry["folder"]))
+                        self._model(client, run_id, checkpoint)
         self.ended.add(trial)
+
+    def _folder(self, entry: Entry) -> Path:
+        """The folder that an entry names, seen from the spool's."""
+        here, folder = self.spool.path.parent, Path(entry["folder"])
+        # Older spools name it as it was called then; its sweep may have been moved with the spool, and another have
+        # taken the old place.
+        roots = sorted(self._opening().get("folders", ()), key=len, reverse=True) if folder.is_absolute() else ()
+        inside = (here / folder.relative_to(root) for root in roots if folder.is_relative_to(root))
+        return next((moved for moved in inside if moved.exists()), here / folder)
 
     def _trial_files(self, client: MlflowClient, checkpoint: Path, stack: contextlib.ExitStack) -> Path:
         """A trial's artifacts, in a folder that lasts as long as the stack; they take a second to make."""
@@ -364,10 +389,14 @@ class Sender:
         client.finalize_logged_model(model.model_id, "READY")
 
     def _sweep_files(self, client: MlflowClient, entry: Entry) -> None:
-        with self._guard_of_sweep().cleaned(Path(entry["folder"])) as folder:
-            client.log_artifacts(self._run_id(client, ""), str(folder))
         for batch in batches([Metric(name, value, entry["time"], 0) for name, value in entry["metrics"].items()]):
             self._log(client, "", batch)
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(self._guard_of_sweep().cleaned(self._folder(entry)))
+            except Exception as err:
+                raise _later(err, "the sweep") from err
+            client.log_artifacts(self._run_id(client, ""), str(folder))
 
     def _sweep_end(self, client: MlflowClient, entry: Entry) -> None:
         self._log(client, "", [RunTag(STATE_TAG, entry["state"])])
@@ -378,6 +407,33 @@ class Sender:
 def now_ms() -> int:
     """The time, as MLflow counts it."""
     return int(time.time() * 1000)
+
+
+def _is_final(err: Exception) -> bool:
+    """Whether to send the same again at once would be in vain."""
+    return isinstance(err, FilesLater) or refusal(err)
+
+
+def _later(err: Exception, of: str) -> FilesLater:
+    return FilesLater(
+        f"files must be copied before they are sent, got {type(err).__name__} ({' '.join(str(err).split())}) for {of}. "
+        "Make room, then replay the spool."
+    )
+
+
+def _damaged(checkpoint: Path, err: Exception) -> bool:
+    """Whether an error proves that a checkpoint is damaged or missing: no other time would give more of it."""
+    causes: list[BaseException] = [err]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    of_disk = [cause for cause in causes if isinstance(cause, OSError)]
+    if not of_disk:
+        return isinstance(err, CheckpointError | ConfigError)
+    missing = (FileNotFoundError, NotADirectoryError)
+    return all(
+        isinstance(cause, missing) and cause.filename and Path(cause.filename).is_relative_to(checkpoint)
+        for cause in of_disk
+    )
 
 
 def _dataset_input(data: Mapping[str, Any], split: str) -> DatasetInput:

@@ -6,7 +6,7 @@ and MLflow keeps one row for equal (metric, step, time, value): sending an entry
 ```
 tracking.jsonl           every entry, one JSON object a line
 tracking.jsonl.sent      how many bytes of it have been sent
-tracking.jsonl.refused   what the server will not take, each with the reason
+tracking.jsonl.refused   what the server will not take, or what could not be made for it, each with the reason
 ```
 """
 
@@ -92,9 +92,8 @@ class Spool:
 
     def set_aside(self, entry: Entry) -> None:
         """Keeps an entry that the server will not take; one that was set aside before is kept once."""
-        if entry not in self.refused():
-            with open(self.refused_path, "a", encoding="utf-8", opener=_for_owner) as out:
-                out.write(json.dumps(entry) + "\n")
+        if entry not in (found := self.refused()):
+            self.keep_refused([*found, entry])
 
     def refused(self) -> list[Entry]:
         """The entries that were set aside."""
@@ -108,6 +107,8 @@ class Spool:
         unfinished = self.refused_path.with_name(self.refused_path.name + ".unfinished")
         with open(unfinished, "w", encoding="utf-8", opener=_for_owner) as out:
             out.writelines(json.dumps(entry) + "\n" for entry in entries)
+            out.flush()
+            os.fsync(out.fileno())
         unfinished.replace(self.refused_path)
         if not entries:
             self.refused_path.unlink()
