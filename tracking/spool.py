@@ -92,7 +92,8 @@ class Spool:
 
     def set_aside(self, entry: Entry) -> None:
         """Keeps an entry that the server will not take; one that was set aside before is kept once."""
-        if entry not in (found := self.refused()):
+        found = self.refused()
+        if entry | {"refused": ""} not in [kept | {"refused": ""} for kept in found]:
             self.keep_refused([*found, entry])
 
     def refused(self) -> list[Entry]:
