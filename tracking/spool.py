@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from qafe.errors import TrackingError
+
+logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
 
@@ -56,6 +59,7 @@ class Spool:
                     f"a spool is sent by one process, {path} is held by another. Its sweep still runs: wait for it."
                 ) from err
         self._drop_torn_line()
+        self._drop_lost_cursor()
 
     def append(self, entry: Entry) -> None:
         """Writes one entry; it survives the death of this process."""
@@ -85,7 +89,9 @@ class Spool:
                 yield json.loads(line), lines.tell()
 
     def mark_sent(self, place: int) -> None:
-        """Moves the cursor."""
+        """Moves the cursor; what lies before it is on the disk then."""
+        with contextlib.suppress(ValueError, OSError):  # closed before; a disk that cannot say
+            os.fsync(self._out.fileno())
         unfinished = self.cursor_path.with_name(self.cursor_path.name + ".unfinished")
         unfinished.write_text(str(place))
         unfinished.replace(self.cursor_path)
@@ -127,3 +133,14 @@ class Spool:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(self.path, whole)
+
+    def _drop_lost_cursor(self) -> None:
+        """Begins again where the cursor is at no line's end: a power cut has taken lines that it had passed."""
+        if not (sent := self.sent):
+            return
+        with open(self.path, "rb") as content:
+            content.seek(sent - 1)
+            if content.read(1) == b"\n":
+                return
+        self.cursor_path.unlink()
+        logger.warning("%s has lost entries that had been sent: all that it has is sent again", self.path)

@@ -223,6 +223,44 @@ def test_a_run_that_somebody_deleted_stays_deleted(again: bool, tmp_path: Path) 
     assert steps_of(uri, run) == [(1, 0.5)]
 
 
+def test_after_a_power_cut_all_is_sent_again_and_nothing_doubled(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
+    """The cursor may be on the disk before the lines that it has passed."""
+    uri, path = embedded(tmp_path), tmp_path / "tracking.jsonl"
+    tracker = open_tracker(tmp_path, uri)
+    for number, trial in enumerate("abc"):
+        tracker.trial_started(trial, number, {"lr": 0.1})
+        for step in (1, 2):
+            tracker.epoch(trial, step, {"spearman": step / 10, "mae": 1 / step, "train_loss": float("nan")})
+        tracker.trial_metrics(trial, {"test_spearman": 0.5})
+    tracker.trial_ended("a", "finished", folder=checkpoint)
+    assert tracker.wait_until_sent(60)
+    MlflowClient(uri).delete_run(tracker.run_id("c"))
+    before = all_runs(uri)
+    whole = path.stat().st_size
+    tracker.trial_tags("b", {"qafe.note": "x" * 3000})
+    tracker.close()
+    with open(path, "rb+") as content:
+        content.truncate(whole)
+
+    tracker = open_tracker(tmp_path, uri)
+    tracker.trial_started("b", 1, {"lr": 0.1})
+    tracker.epoch("b", 3, {"spearman": 0.3})
+    tracker.trial_ended("b", "finished", folder=checkpoint)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    assert all_runs(uri) == before
+    runs, client = runs_of(uri), MlflowClient(uri)
+    assert sorted(runs) == ["s-1", "s-1-000", "s-1-001"]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert steps_of(uri, runs["s-1-000"]) == [(1, 0.1), (2, 0.2)]
+    assert steps_of(uri, runs["s-1-001"]) == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    for run in (runs["s-1-000"], runs["s-1-001"]):
+        assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 2
+        assert len(client.get_metric_history(run.info.run_id, "test_spearman")) == 1
+        assert len(run.inputs.dataset_inputs) == 1
+    assert len(client.search_logged_models([runs["s-1"].info.experiment_id])) == 2
+
+
 def test_trials_of_a_sweep_whose_run_was_deleted_arrive(tmp_path: Path) -> None:
     uri = embedded(tmp_path)
     tracker = open_tracker(tmp_path, uri)
