@@ -21,6 +21,7 @@ from qafe.device import amp_dtype
 from qafe.errors import ConfigError
 from qafe.train import fit
 from tracking.connection import connect, masked, resolve_uri
+from tracking.guard import check_patients
 from tracking.privacy import PATH_SETTINGS
 from tracking.pseudonyms import load_key
 from tracking.runs import sweep_exists
@@ -83,6 +84,8 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
     data_root = (options.data_root or sample_root()).resolve()
     cohort = load_cohort(data_root, config.data)
     expressions = choose_expressions(cohort.manifest, options.expression or sweep.expressions)
+    if not options.allow_identifiable:
+        check_patients(cohort)
     pinned = sweep.names(config) & (frozenset(settings) | _without_landmarks(cohort, expressions))
     sweep.check(config, pinned)
     trials = planned_trials(sweep, options.trials, config, pinned)

@@ -27,9 +27,9 @@ def trial_files(checkpoint: Path, key: bytes) -> Iterator[Path]:
     """A temporary folder with a trial's artifacts, made from its last checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint's history or weights are missing or damaged.
+        CheckpointError: the checkpoint's history or weights are missing or damaged, or there is no room for a copy.
         ConfigError: its config is damaged.
-        OSError: its config is missing.
+        OSError: its config is missing, or there is no room for the artifacts.
     """
     history = read_history(checkpoint)
     with tempfile.TemporaryDirectory() as name:

@@ -23,13 +23,14 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from safetensors import SafetensorError, safe_open
 
-from qafe.config import Config
+from qafe import config
 from qafe.data.cohort import Cohort
 from qafe.dotted import flatten
+from qafe.errors import ConfigError
 
 from . import pictures
 from .pseudonyms import load_key, pseudonym
@@ -37,7 +38,7 @@ from .spool import Entry
 
 logger = logging.getLogger(__name__)
 
-OURS = ("kind", "uri", "folder", "trial", "sweep_id", "state", "names", "folders")
+OURS = ("kind", "uri", "folder", "trial", "sweep_id", "state", "names", "folders", "own")
 """Fields of the spool's entries that are for the sender alone, or that the sweep itself has made up."""
 NOBODY = frozenset({"admin", "app", "docker", "jovyan", "localhost", "mlflow", "nobody", "qafe", "ray", "root", "vm"})
 """Names of users and machines that belong to no person."""
@@ -45,6 +46,11 @@ SHORT = 5
 """A name of so many characters or fewer is looked for as a whole word; a longer one anywhere."""
 ANY_CASE = 4
 """From so many characters on, case does not matter: ``p01`` is a word of many a program."""
+Place = tuple[str, str, int]
+"""Where a name is looked for: what stands before and after it, as patterns, and flags."""
+ANYWHERE: Place = ("", "", re.IGNORECASE)
+AS_WORD: Place = (r"(?<![^\W_])", r"(?![^\W_])", re.IGNORECASE)
+AS_WRITTEN: Place = (*AS_WORD[:2], 0)
 ABSOLUTE = re.compile(r"(?<![\w/.:~<>-])/(?:[\w.@+~-]+/)+[\w.@+~-]*|\b[A-Za-z]:\\[^\s\"']+")
 EMBEDDED = re.compile(
     r"data:[\w/+.=;-]*;base64,(?P<uri>[\w+/=%]+)"
@@ -53,8 +59,52 @@ EMBEDDED = re.compile(
 """A file inside a text; the second is a JPEG, PNG, GIF, WebP or BMP without a word about what it is."""
 PIXELS = re.compile(r"(?<![\d.])(?>(?:25[0-5]|2[0-4]\d|1?\d?\d)[\s,;\[\]]+){768,}+")
 """As many bytes as the smallest picture that shows somebody; none of our tables has so many small whole numbers."""
-WORDS = frozenset(re.split(r"[._]", ".".join(flatten(Config()))))
-"""What settings are called."""
+CHOICES = [str(choice) for kind in vars(config).values() if get_origin(kind) is Literal for choice in get_args(kind)]
+"""Values of settings."""
+OWN_NAMES = """
+spearman_low spearman_high pearson mae train_loss lr epoch_s clips_per_s peak_memory_mb best_spearman best_mae
+test_spearman luck_threshold luck_p_value trials system/cpu_utilization_percentage
+system/system_memory_usage_megabytes system/system_memory_usage_percentage system/gpu_0_utilization_percentage
+system/gpu_0_memory_usage_megabytes system/gpu_0_memory_usage_percentage study seed sampler scheduler cpus_per_trial
+gpus_per_trial data_digest expressions objectives warm_start params seconds maximize minimize tpe gp cmaes random qmc
+grid asha hyperband median none mean sum True False None nan fusion_search heatmap_search optimiser_search
+paper_baseline seed_noise baseline search finished pruned failed killed lost data memory diverged qafe.sweep_id
+qafe.trial qafe.state qafe.reason qafe.host qafe.gpu qafe.note qafe.study_file qafe.study_sha256 qafe.stage qafe.fold
+qafe.seed qafe.expression qafe.data_digest qafe.split_digest qafe.checkpoint qafe.identifiable
+mlflow.source.git.commit mlflow.source.git.dirty version.torch version.python version.numpy version.ray version.optuna
+version.mlflow version.qafe-net training validation test config.json predictions.csv failure.txt report.html
+best_trials.csv importances.json summary.json study.py source.diff checkpoint/ figures/predicted_against_true.png
+figures/spearman_over_epochs.png figures/confusion.png figures/residuals_per_patient.png figures/example_heatmap.png
+figures/fusion_attention.png expression clip patient target prediction trial state epoch epochs pareto qafe.config
+validation_spearman fusion.layers.blocks.shared.attention.norm_query norm_value norm_mlp key value out
+fusion.mixer.conv fusion.position_heatmap fusion.position_rgb fusion.unused_norm fusion.gate.project fusion.weigh
+head.layers.weight bias batches running_mean running_var num_batches_tracked spatial.stages.stem
+spatial.transformer.layers.qkv.expand.contract temporal.class_token temporal.position heatmap.stem.conv.bn
+heatmap.stages.reduce.spatial.shortcut downsample layer1 layer2 layer3 layer4 conv1 conv2 bn1 bn2 attention_norm
+mlp_norm project_rgb project_heatmap tokens
+"""
+"""Of numbers, params, tags, states, studies, files, columns, and tensors of weights."""
+OWN_LINES = """Spearman [band: 95 % at the best epoch, clips
+(patients resampled)
+true severity
+predicted severity, rounded
+predicted minus true severity
+validation Spearman
+training loss
+100% exact
+a row for each validation patient
+a dot for each clip, a line at the median
+segment; h: heatmap, r: RGB
+layer 1: rgb reads heatmap segment
+both pool segment
+a drawn face, no patient's: all points, jet, sigma 1 px, window 5 px, blur 7 px
+canvas of 256 px, which the encoder gets at 56 px
+stopped early after epoch
+the sweep's time budget was spent
+its sweep ended without it"""
+"""Words in figures, and reasons."""
+OWN = (*flatten(config.Config()), *CHOICES, *config.PRESETS, *OWN_NAMES.split(), *OWN_LINES.splitlines())
+"""What a sweep itself says."""
 EXAMPLE = "input_example"
 """MLflow's name of a model's example; ours would be a patient's clip."""
 
@@ -66,10 +116,12 @@ class Secrets:
     Attributes:
         names: of patients, videos, users, machines.
         folders: paths of this machine.
+        own: what a sweep itself says, which stays as it is; see `Guard`.
     """
 
     names: tuple[str, ...]
     folders: tuple[str, ...]
+    own: tuple[str, ...] = OWN
 
     @classmethod
     def of_machine(cls, *folders: Path | str) -> Secrets:
@@ -77,20 +129,38 @@ class Secrets:
         people = [socket.gethostname()]
         with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
             people.append(getpass.getuser())
-        names = tuple(name for name in people if name.lower() not in NOBODY | WORDS)
+        names = tuple(name for name in people if name.lower() not in NOBODY and not _spoken(name, "\n".join(OWN)))
         return cls(names, tuple(sorted({str(folder) for folder in (*folders, Path.home())})))
 
     @classmethod
     def of_cohort(cls, cohort: Cohort, *folders: Path | str) -> Secrets:
         """The above, and the cohort's patients, videos and folder.
 
-        A video that is called like an expression or a setting (``smile``) names nobody.
+        A video that is called like an expression or a part of what a sweep says (``Smile``, ``squeeze``, ``test``)
+        names nobody. A patient who is called so does: his name stays a secret; see `check_patients`.
         """
         machine = cls.of_machine(cohort.store.root, *folders)
         samples = (*cohort.manifest.train, *cohort.manifest.test)
-        found = {name for sample in samples for name in (sample.id, sample.patient, sample.video)}
-        public = WORDS.union(cohort.manifest.expressions) - {sample.patient for sample in samples}
-        return cls((*machine.names, *sorted(found - public)), machine.folders)
+        patients = {sample.patient for sample in samples}
+        own = _own_words(cohort.manifest.expressions)
+        said = "\n".join(own)
+        others = {*machine.names} | {sample.video for sample in samples}
+        names = patients | {sample.id for sample in samples} | {name for name in others if not _spoken(name, said)}
+        clashes = {text for _, text in _clashes(cohort)}
+        return cls(tuple(sorted(names)), machine.folders, tuple(text for text in own if text not in clashes))
+
+
+def check_patients(cohort: Cohort) -> None:
+    """Checks that no patient is called like an expression, or like a part of what a sweep says.
+
+    Raises:
+        ConfigError: one is; with a pseudonym in its place numbers and weights would lose their names.
+    """
+    for patient, text in _clashes(cohort):
+        raise ConfigError(
+            f"a patient's name must not be a part of what a sweep says in MLflow, got {patient!r} ({text!r} has it). "
+            "Rename the patient in the dataset's folders and CSV files, or let names pass with --allow-identifiable."
+        )
 
 
 class Guard:
@@ -101,32 +171,25 @@ class Guard:
     Args:
         names: of patients, videos, users and machines.
         folders: paths of this machine.
+        own: texts that stay as they are: a spelling of a name that is found in one of them is not looked for.
         on: False lets everything pass.
     """
 
-    def __init__(self, names: Iterable[str], folders: Iterable[str], *, on: bool = True) -> None:
+    def __init__(
+        self, names: Iterable[str], folders: Iterable[str], *, own: Iterable[str] = (), on: bool = True
+    ) -> None:
         self.on = on
         self._said = False
         self._name_of: dict[str, str] = {}
-        short, middle, long = set[str](), set[str](), set[str]()
-        for name in names:
-            if len(name) < 2 or name.isdigit():
-                continue
-            anywhere = len(name) > SHORT or not name.isascii()  # not all scripts part their words
-            group = long if anywhere else middle if len(name) >= ANY_CASE else short
+        spellings: dict[Place, set[str]] = {ANYWHERE: set(), AS_WORD: set(), AS_WRITTEN: set()}
+        for name in filter(_telling, names):
             for spelling in _spellings(name):
-                group.add(spelling)
+                spellings[_place(name)].add(spelling)
                 self._name_of[spelling.casefold()] = name
-        word = (r"(?<![^\W_])", r"(?![^\W_])")
-        self._patterns = [
-            re.compile(f"{before}{_any_of(group)}{after}", flags)
-            for group, (before, after), flags in (
-                (long, ("", ""), re.IGNORECASE),  # first: a name may hold a shorter one
-                (middle, word, re.IGNORECASE),
-                (short, word, 0),
-            )
-            if group
-        ]
+        said = "\n".join(own)
+        # Those that are found anywhere come first: a name may hold a shorter one.
+        found = (_pattern(place, group, said) for place, group in spellings.items())
+        self._patterns = [pattern for pattern in found if pattern]
         roots = sorted({folder.rstrip("/") for folder in folders}, key=len, reverse=True)
         whole = "|".join(re.escape(root) for root in roots if root) or "(?!)"
         self._folders = re.compile(rf"(?:{whole})(?![\w.-])(?:/[^\s\"'<>,;)]*)?")
@@ -134,6 +197,10 @@ class Guard:
     def text(self, text: str) -> str:
         """A short text without names, folders and other absolute paths."""
         return self._noted(text, ABSOLUTE.sub("path-hidden", self._clean_text(text)) if self.on else text)
+
+    def finds(self, text: str) -> bool:
+        """Whether there is something in a text that must not leave."""
+        return self._clean_text(text) != text
 
     def entry(self, entry: Entry) -> Entry:
         """An entry of the spool, of which all is guarded but what the sender itself needs."""
@@ -171,7 +238,7 @@ class Guard:
                 self._say("a file is kept back")
 
     def _may_leave(self, path: Path, name: str) -> bool:
-        if self._clean_text(name) != name or EXAMPLE in name:
+        if self.finds(name) or EXAMPLE in name:
             return False
         if path.suffix == ".safetensors":
             return self._weights_are_clean(path)
@@ -205,7 +272,7 @@ class Guard:
         return found[0] if self._all_clean(words) else "data:,"
 
     def _all_clean(self, words: Sequence[str] | None) -> bool:
-        return words is not None and all(self._clean_text(word) == word for word in words)
+        return words is not None and not any(map(self.finds, words))
 
     def _weights_are_clean(self, path: Path) -> bool:
         """Whether a file is one of weights, with no name in its notes; a frame would be made of bytes."""
@@ -215,7 +282,7 @@ class Guard:
                 notes = json.dumps([list(weights.keys()), weights.metadata()])
         except (SafetensorError, OSError):
             return False
-        return "U8" not in kinds and self._clean_text(notes) == notes
+        return "U8" not in kinds and not self.finds(notes)
 
     def _pseudonym(self, found: re.Match[str]) -> str:
         return pseudonym(self._name_of.get(found[0].casefold(), found[0]), load_key())
@@ -229,6 +296,59 @@ class Guard:
         if not self._said:
             self._said = True
             logger.warning("the privacy guard is at work: %s on its way to MLflow (--allow-identifiable)", what)
+
+
+def _telling(name: str) -> bool:
+    """Whether a name tells something by itself."""
+    return len(name) > 1 and not name.isdigit()
+
+
+def _place(name: str) -> Place:
+    if len(name) > SHORT or not name.isascii():  # not all scripts part their words
+        return ANYWHERE
+    return AS_WORD if len(name) >= ANY_CASE else AS_WRITTEN
+
+
+def _pattern(place: Place, spellings: set[str], said: str) -> re.Pattern[str] | None:
+    """What finds the spellings in their place, without those that it would find in what is said anyway."""
+    before, after, flags = place
+    while spellings:
+        pattern = re.compile(f"{before}{_any_of(spellings)}{after}", flags)
+        spoken = {found[0] for found in pattern.finditer(said)}
+        if not spoken:
+            return pattern
+        of_ours = re.compile(_any_of(spoken), flags)
+        spellings = {each for each in spellings - spoken if not of_ours.fullmatch(each)}
+    return None
+
+
+def _own_words(expressions: Iterable[str]) -> tuple[str, ...]:
+    """What a sweep of these expressions says."""
+    of_each = ("spearman_{0}_low", "spearman_{0}_high", "checkpoint/{0}.safetensors", "{0}, validation", "{0}: ")
+    return (*OWN, *(way.format(expression) for expression in expressions for way in of_each))
+
+
+def _spoken(name: str, said: str) -> bool:
+    """Whether a name, as it is written, would be found in what is said."""
+    before, after, flags = _place(name)
+    likely = _telling(name) and name.casefold() in said.casefold()
+    return likely and re.search(before + re.escape(name) + after, said, flags) is not None
+
+
+def _clashes(cohort: Cohort) -> list[tuple[str, str]]:
+    """Patients whose names, or ids with them, are found in what a sweep says, each with the text."""
+    own = _own_words(cohort.manifest.expressions)
+    said = "\n".join(own)
+    found = []
+    samples = (*cohort.manifest.train, *cohort.manifest.test)
+    for patient in sorted({sample.patient for sample in samples}):
+        guard = Guard([patient], ())
+        if guard.finds(said):
+            found += [(patient, text) for text in own if guard.finds(text)]
+    for sample in samples:
+        if _spoken(sample.id, said):
+            found += [(sample.patient, text) for text in own if _spoken(sample.id, text)]
+    return found
 
 
 def _spellings(name: str) -> set[str]:

@@ -90,11 +90,11 @@ class Replayed(NamedTuple):
     sent: int
     """Entries that had not been sent."""
     refused: int
-    """Entries that the server will not take, and that stay set aside."""
+    """Entries that the server will not take, or whose files cannot be made: they stay set aside."""
 
 
 def replay(spool_path: Path) -> Replayed:
-    """Sends what a spool still holds to its own store, and what was refused before.
+    """Sends what a spool still holds to its own store, and what was set aside before.
 
     Raises:
         TrackingError: there is no such spool, another process sends it, or the server does not answer.

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
-from qafe.errors import TrackingError
+from qafe.errors import CheckpointError, ConfigError, TrackingError
 from qafe.history import read_history
 
 from . import figures
@@ -48,9 +49,28 @@ from .tags import (
 logger = logging.getLogger(__name__)
 
 FAILURE_FILE = "failure.txt"
+BEGINNINGS = ("open", "trial")
+"""Kinds of entries with which a run begins, or goes on."""
 LOOK_AHEAD_S = 0.02
 """While a trial's figures are drawn, how often the sender looks whether another trial waits for its run."""
 MODEL_METRICS = ("spearman", "spearman_low", "spearman_high", "mae", "pearson")
+
+
+class FilesLater(Exception):
+    """Files could not be made now, as where the disk is full; another time they may be."""
+
+
+class RunDeleted(MlflowException):
+    """Somebody deleted a trial's run: what comes for it is refused, as long as it is not restored."""
+
+    def __init__(self, trial: str, run_id: str) -> None:
+        which = f"trial {trial}" if trial else "the sweep"
+        super().__init__(
+            f"a run must be there to be logged to, that of {which} was deleted ({run_id}). Restore it in MLflow, then "
+            "replay the spool.",
+            error_code=RESOURCE_DOES_NOT_EXIST,
+        )
+        self.run_id = run_id
 
 
 class Sender:
@@ -73,7 +93,7 @@ class Sender:
         self._client: MlflowClient | None = None
         self._opened: Entry | None = None
         self._guard: Guard | None = None
-        self._said_refused = False
+        self._said = set[str]()
         self._handlers: dict[str, Callable[[MlflowClient, Entry], None]] = {
             "open": self._open,
             "trial": self._trial,
@@ -109,7 +129,7 @@ class Sender:
         return count
 
     def send_refused(self) -> int:
-        """Tries again what the server refused before, and returns how many entries it still refuses.
+        """Tries again what was set aside before, and returns how many entries still are.
 
         Raises:
             TrackingError: the server does not answer.
@@ -117,15 +137,19 @@ class Sender:
         entries, left = self.spool.refused(), []
         for entry in entries:
             tried = {name: value for name, value in entry.items() if name != "refused"}
+            if self._outlived(tried):
+                continue
             with self._translated(tried["kind"]):
                 client = self._connected()
                 try:
                     if tried["kind"] == "items":
                         self._request(client, self._run_id(client, tried["trial"]), self._items(tried))
+                    elif tried["kind"] in BEGINNINGS:  # it may have ended since
+                        self._describe(client, tried.get("trial", ""), self._guard_of_sweep().entry(tried))
                     else:
                         self._handle(client, tried)
                 except Exception as err:
-                    if not refusal(err):
+                    if not _is_final(err):
                         raise
                     left.append(tried | {"refused": str(err)})
         if entries:
@@ -141,13 +165,13 @@ class Sender:
             try:
                 self._handle(client, entry)
             except Exception as err:
-                if not refusal(err):
+                if not _is_final(err):
                     raise
                 client.search_experiments(max_results=1)  # a sick database refuses all: then this raises, too
                 try:  # two sweeps that make the same thing at once: one of them is refused, once
                     self._handle(client, entry)
                 except Exception as again:
-                    if not refusal(again):
+                    if not _is_final(again):
                         raise
                     self._set_aside(entry, again)
 
@@ -168,14 +192,16 @@ class Sender:
 
     def _log(self, client: MlflowClient, trial: str, batch: Sequence[Item]) -> None:
         """Logs a batch; what the server refuses of it is set aside, the rest is logged."""
-        run_id = self._run_id(client, trial)
         try:
-            self._request(client, run_id, batch)
+            self._request(client, self._run_id(client, trial), batch)
         except MlflowException as err:
             if not refusal(err):
                 raise
             # A sick database refuses all: then this raises, too. Nor is a run that people have deleted to be halved.
-            gone = client.get_run(run_id).info.lifecycle_stage != "active"
+            if run_id := self.runs.get(trial):
+                gone = client.get_run(run_id).info.lifecycle_stage != "active"
+            else:
+                gone = bool(client.search_experiments(max_results=1))
             if len(batch) == 1 or gone:
                 self._set_aside({"kind": "items", "trial": trial} | as_entry(batch), err)
                 return
@@ -192,10 +218,18 @@ class Sender:
 
     def _set_aside(self, entry: Entry, err: Exception) -> None:
         self.spool.set_aside(entry | {"refused": str(err)})
-        if not self._said_refused:
-            self._said_refused = True
-            refusal = masked(str(err))[:200]
-            logger.warning("the tracking server refuses something (%s): %s", self.spool.refused_path, refusal)
+        what = "files are left to a replay" if isinstance(err, FilesLater) else "the tracking server refuses something"
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s (%s): %s", what, self.spool.refused_path, masked(str(err))[:200])
+
+    def _outlived(self, entry: Entry) -> bool:
+        """Whether a trial, or the sweep, went on after this end of it: its later end is the one that counts."""
+        kinds = {"trial_end": ("trial", "trial_end"), "sweep_end": ("open", "sweep_end")}.get(entry["kind"], ())
+        return bool(kinds) and any(
+            past["kind"] in kinds and past.get("trial") == entry.get("trial") and past["time"] > entry["time"]
+            for past in self.spool.entries()
+        )
 
     def _items(self, entry: Entry) -> list[Item]:
         """What an entry of metrics, params or tags holds, guarded."""
@@ -214,7 +248,8 @@ class Sender:
     def _guard_of_sweep(self) -> Guard:
         if self._guard is None:
             opened = self._opening()
-            self._guard = Guard(opened.get("names", ()), opened.get("folders", ()), on=not opened.get("identifiable"))
+            names, folders, own = (opened.get(field, ()) for field in ("names", "folders", "own"))
+            self._guard = Guard(names, folders, own=own, on=not opened.get("identifiable"))
         return self._guard
 
     def _connected(self) -> MlflowClient:
@@ -240,20 +275,40 @@ class Sender:
             ) from err
 
     def _run_id(self, client: MlflowClient, trial: str, entry: Entry | None = None) -> str:
-        """The run of a trial (or, for ``""``, of the sweep): known, found by its tags, or made."""
+        """The run of a trial (or, for ``""``, of the sweep): known, found by its tags, or made.
+
+        Args:
+            entry: with which it begins; without one the spool's own is sent, should there be no run.
+        Raises:
+            RunDeleted: there was one.
+        """
         if trial not in self.runs:
-            found = self._find(client, trial)
-            self.runs[trial] = found[0] if found else self._create(client, trial, entry)
+            found, deleted = self._find(client, trial)
+            if deleted and not found:
+                raise RunDeleted(trial, deleted[0])
+            begun = entry or (None if found else self._beginning(trial))
+            self.runs[trial] = found[0] if found else self._create(client, trial, begun)
             # A request whose answer was lost may have been made twice: one of the runs is the trial's.
-            for twin in found or self._find(client, trial):
+            for twin in found or self._find(client, trial)[0]:
                 if twin != self.runs[trial]:
                     client.delete_run(twin)
+            if begun and not entry:
+                self._describe(client, trial, begun)
         return self.runs[trial]
 
-    def _find(self, client: MlflowClient, trial: str) -> list[str]:
+    def _find(self, client: MlflowClient, trial: str) -> tuple[list[str], list[str]]:
+        """Ids of a trial's runs: of those that are there, and of those that were deleted."""
         sweep_id, own = self._opening()["sweep_id"], trial or SWEEP_ITSELF
         query = f"tags.`{SWEEP_ID_TAG}` = '{sweep_id}' AND tags.`{TRIAL_TAG}` = '{own}'"
-        return sorted(run.info.run_id for run in client.search_runs([self.experiment_id], query))
+        found = client.search_runs([self.experiment_id], query, run_view_type=ViewType.ALL)
+        active = {run.info.run_id for run in found if run.info.lifecycle_stage == "active"}
+        return sorted(active), sorted({run.info.run_id for run in found} - active)
+
+    def _beginning(self, trial: str) -> Entry | None:
+        """The spool's entry with which a trial (or the sweep) began, guarded."""
+        began = (past for past in self.spool.entries() if past["kind"] == "trial" and past["trial"] == trial)
+        entry = next(began, None) if trial else self._opening()
+        return entry and self._guard_of_sweep().entry(entry)
 
     def _create(self, client: MlflowClient, trial: str, entry: Entry | None) -> str:
         opened = self._opening()
@@ -262,7 +317,10 @@ class Sender:
         tags |= {SWEEP_TAG: sweep, SWEEP_ID_TAG: opened["sweep_id"], TRIAL_TAG: trial or SWEEP_ITSELF}
         tags["mlflow.source.name"] = "sweeps.run"
         if trial:
-            tags["mlflow.parentRunId"] = self._run_id(client, "")
+            try:
+                tags["mlflow.parentRunId"] = self._run_id(client, "")
+            except RunDeleted as err:  # as when it is deleted while the sweep runs: its trials go on
+                tags["mlflow.parentRunId"] = err.run_id
         name = f"{sweep}-{entry['number']:03d}" if entry and trial else sweep
         started = entry["time"] if entry else now_ms()
         made = client.create_run(self.experiment_id, start_time=started, tags=tags, run_name=name)
@@ -281,7 +339,14 @@ class Sender:
         self._begin(client, entry["trial"], entry)
 
     def _begin(self, client: MlflowClient, trial: str, entry: Entry) -> None:
-        """Params, tags and dataset of a run that begins or goes on."""
+        """A run begins or goes on."""
+        before = self._describe(client, trial, entry)
+        for ending in {STATE_TAG, REASON_TAG, PRUNED_TAG} & before.data.tags.keys():
+            client.delete_tag(self.runs[trial], ending)
+        client.update_run(self.runs[trial], status="RUNNING")
+
+    def _describe(self, client: MlflowClient, trial: str, entry: Entry) -> Run:
+        """Params, tags and dataset of a run, which is returned as it was before."""
         run_id = self._run_id(client, trial, entry)
         known = client.get_run(run_id)
         # MLflow refuses to change a param: a run that goes on gets only what it does not have.
@@ -290,12 +355,10 @@ class Sender:
         items += [RunTag(name, value) for name, value in tags.items() if known.data.tags.get(name) != value]
         for batch in batches(items):
             self._log(client, trial, batch)
-        for ending in {STATE_TAG, REASON_TAG, PRUNED_TAG} & known.data.tags.keys():
-            client.delete_tag(run_id, ending)
         if not (known.inputs and known.inputs.dataset_inputs):
             data = self._guard_of_sweep().tree(self._opening()["dataset"])
             client.log_inputs(run_id, [_dataset_input(data, tags.get(SPLIT_TAG, ""))])
-        client.update_run(run_id, status="RUNNING")
+        return known
 
     def _trial_end(self, client: MlflowClient, entry: Entry) -> None:
         trial, run_id = entry["trial"], self._run_id(client, entry["trial"])
@@ -311,15 +374,27 @@ class Sender:
             client.log_text(run_id, entry["trace"], FAILURE_FILE)
         if entry["folder"]:
             with contextlib.ExitStack() as stack:
+                checkpoint = self._folder(entry)
                 try:
-                    folder = self._trial_files(client, Path(entry["folder"]), stack)
-                except Exception as err:  # whatever is wrong with the checkpoint, the others have to be sent
+                    folder = self._trial_files(client, checkpoint, stack)
+                except Exception as err:  # whatever is wrong, the others have to be sent
+                    if not _damaged(checkpoint, err):
+                        raise _later(err, f"trial {trial}") from err
                     logger.warning("run %s gets no files: %s", run_id, err)
                 else:
                     client.log_artifacts(run_id, str(folder))
                     if entry["state"] == "finished":
-                        self._model(client, run_id, Path(entry["folder"]))
+                        self._model(client, run_id, checkpoint)
         self.ended.add(trial)
+
+    def _folder(self, entry: Entry) -> Path:
+        """The folder that an entry names, seen from the spool's."""
+        here, folder = self.spool.path.parent, Path(entry["folder"])
+        # Older spools name it as it was called then; its sweep may have been moved with the spool, and another have
+        # taken the old place.
+        roots = sorted(self._opening().get("folders", ()), key=len, reverse=True) if folder.is_absolute() else ()
+        inside = (here / folder.relative_to(root) for root in roots if folder.is_relative_to(root))
+        return next((moved for moved in inside if moved.exists()), here / folder)
 
     def _trial_files(self, client: MlflowClient, checkpoint: Path, stack: contextlib.ExitStack) -> Path:
         """A trial's artifacts, in a folder that lasts as long as the stack; they take a second to make."""
@@ -363,10 +438,14 @@ class Sender:
         client.finalize_logged_model(model.model_id, "READY")
 
     def _sweep_files(self, client: MlflowClient, entry: Entry) -> None:
-        with self._guard_of_sweep().cleaned(Path(entry["folder"])) as folder:
-            client.log_artifacts(self._run_id(client, ""), str(folder))
         for batch in batches([Metric(name, value, entry["time"], 0) for name, value in entry["metrics"].items()]):
             self._log(client, "", batch)
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(self._guard_of_sweep().cleaned(self._folder(entry)))
+            except Exception as err:
+                raise _later(err, "the sweep") from err
+            client.log_artifacts(self._run_id(client, ""), str(folder))
 
     def _sweep_end(self, client: MlflowClient, entry: Entry) -> None:
         self._log(client, "", [RunTag(STATE_TAG, entry["state"])])
@@ -377,6 +456,33 @@ class Sender:
 def now_ms() -> int:
     """The time, as MLflow counts it."""
     return int(time.time() * 1000)
+
+
+def _is_final(err: Exception) -> bool:
+    """Whether to send the same again at once would be in vain."""
+    return isinstance(err, FilesLater) or refusal(err)
+
+
+def _later(err: Exception, of: str) -> FilesLater:
+    return FilesLater(
+        f"files must be copied before they are sent, got {type(err).__name__} ({' '.join(str(err).split())}) for {of}. "
+        "Make room, then replay the spool."
+    )
+
+
+def _damaged(checkpoint: Path, err: Exception) -> bool:
+    """Whether an error proves that a checkpoint is damaged or missing: no other time would give more of it."""
+    causes: list[BaseException] = [err]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    of_disk = [cause for cause in causes if isinstance(cause, OSError)]
+    if not of_disk:
+        return isinstance(err, CheckpointError | ConfigError)
+    missing = (FileNotFoundError, NotADirectoryError)
+    return all(
+        isinstance(cause, missing) and cause.filename and Path(cause.filename).is_relative_to(checkpoint)
+        for cause in of_disk
+    )
 
 
 def _dataset_input(data: Mapping[str, Any], split: str) -> DatasetInput:

@@ -6,7 +6,7 @@ and MLflow keeps one row for equal (metric, step, time, value): sending an entry
 ```
 tracking.jsonl           every entry, one JSON object a line
 tracking.jsonl.sent      how many bytes of it have been sent
-tracking.jsonl.refused   what the server will not take, each with the reason
+tracking.jsonl.refused   what the server will not take, or what could not be made for it, each with the reason
 ```
 """
 
@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from qafe.errors import TrackingError
+
+logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
 
@@ -56,6 +59,7 @@ class Spool:
                     f"a spool is sent by one process, {path} is held by another. Its sweep still runs: wait for it."
                 ) from err
         self._drop_torn_line()
+        self._drop_lost_cursor()
 
     def append(self, entry: Entry) -> None:
         """Writes one entry; it survives the death of this process."""
@@ -85,16 +89,18 @@ class Spool:
                 yield json.loads(line), lines.tell()
 
     def mark_sent(self, place: int) -> None:
-        """Moves the cursor."""
+        """Moves the cursor; what lies before it is on the disk then."""
+        with contextlib.suppress(ValueError, OSError):  # closed before; a disk that cannot say
+            os.fsync(self._out.fileno())
         unfinished = self.cursor_path.with_name(self.cursor_path.name + ".unfinished")
         unfinished.write_text(str(place))
         unfinished.replace(self.cursor_path)
 
     def set_aside(self, entry: Entry) -> None:
         """Keeps an entry that the server will not take; one that was set aside before is kept once."""
-        if entry not in self.refused():
-            with open(self.refused_path, "a", encoding="utf-8", opener=_for_owner) as out:
-                out.write(json.dumps(entry) + "\n")
+        found = self.refused()
+        if entry | {"refused": ""} not in [kept | {"refused": ""} for kept in found]:
+            self.keep_refused([*found, entry])
 
     def refused(self) -> list[Entry]:
         """The entries that were set aside."""
@@ -108,6 +114,8 @@ class Spool:
         unfinished = self.refused_path.with_name(self.refused_path.name + ".unfinished")
         with open(unfinished, "w", encoding="utf-8", opener=_for_owner) as out:
             out.writelines(json.dumps(entry) + "\n" for entry in entries)
+            out.flush()
+            os.fsync(out.fileno())
         unfinished.replace(self.refused_path)
         if not entries:
             self.refused_path.unlink()
@@ -125,3 +133,14 @@ class Spool:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(self.path, whole)
+
+    def _drop_lost_cursor(self) -> None:
+        """Begins again where the cursor is at no line's end: a power cut has taken lines that it had passed."""
+        if not (sent := self.sent):
+            return
+        with open(self.path, "rb") as content:
+            content.seek(sent - 1)
+            if content.read(1) == b"\n":
+                return
+        self.cursor_path.unlink()
+        logger.warning("%s has lost entries that had been sent: all that it has is sent again", self.path)

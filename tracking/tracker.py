@@ -80,6 +80,7 @@ class SweepTracker:
             dataset={"name": dataset[0], "digest": dataset[1], "clips": dict(clips or {})},
             names=list(secrets.names),
             folders=list(secrets.folders),
+            own=list(secrets.own),
             identifiable=identifiable,
         )
         self._thread = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)
@@ -131,7 +132,7 @@ class SweepTracker:
             kind="trial_end",
             trial=trial,
             state=state,
-            folder=str(folder) if folder else "",
+            folder=self._beside(folder) if folder else "",
             reason=reason,
             trace=trace,
             epochs=max((step for number, step in self._seen if number == trial), default=0),
@@ -147,7 +148,7 @@ class SweepTracker:
 
     def sweep_files(self, folder: Path, metrics: Mapping[str, float]) -> None:
         """The sweep's report: every file of a folder, and the numbers that sum the sweep up."""
-        self._append(kind="sweep_files", folder=str(folder), metrics=dict(metrics))
+        self._append(kind="sweep_files", folder=self._beside(folder), metrics=dict(metrics))
 
     def sweep_ended(self, state: TrialState) -> None:
         """The sweep's final state; trials that nobody has ended, as after a crash, end with it."""
@@ -194,6 +195,11 @@ class SweepTracker:
             self._soon.set()
             time.sleep(0.05)
         return False
+
+    def _beside(self, folder: Path) -> str:
+        """A folder as the spool names it: from its own, so that a sweep may be moved before a replay."""
+        here, folder = self.spool.path.parent.absolute(), folder.absolute()
+        return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
     def _append(self, **entry: Any) -> None:
         self.spool.append(entry | {"time": now_ms()})

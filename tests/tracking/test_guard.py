@@ -2,9 +2,12 @@
 
 import base64
 import io
+import itertools
 import json
+import re
 import sqlite3
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,17 +16,30 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.numpy import save_file
 
+import sweeps.driver
+from qafe import config, dotted
 from qafe.config import tiny
-from qafe.data.cohort import load_cohort
-from qafe.store import Store
-from tests.data.cohort import video_frames
+from qafe.data.cohort import Cohort, load_cohort
+from qafe.data.manifest import Manifest, Sample
+from qafe.errors import ConfigError
+from qafe.model.qafenet import build
+from qafe.store import CsvRow, Store
+from sweeps.callbacks import TRACKED
+from sweeps.monitor import Monitor
+from sweeps.provenance import source_tags, trial_tags
+from sweeps.run import main
+from sweeps.studies import STUDIES
+from sweeps.study import PRUNERS, SAMPLERS
+from tests.conftest import QUICK_FLAGS
+from tests.data.cohort import video_frames, video_landmarks
 from tracking import pictures
-from tracking.guard import Guard, Secrets
+from tracking.figures import trial_files
+from tracking.guard import Guard, Secrets, check_patients
 from tracking.pseudonyms import load_key, pseudonym
 from tracking.runs import SweepTracker
 
 from .stores import embedded
-from .test_runs import runs_of
+from .test_runs import checkpoint, runs_of  # noqa: F401 (a fixture)
 
 NAME = "Grünwald_Anna"
 VIDEO = "gruenwald0412smile"
@@ -225,3 +241,129 @@ def test_a_seal_holds_for_one_picture(tmp_path: Path, face: np.ndarray) -> None:
     assert pictures.words_in(jpeg(face), key) is None
     place = content.index(b"IDAT") + 40
     assert pictures.words_in(content[:place] + b"\0\1" + content[place + 2 :], key) is None
+
+
+def cohort_of(root: Path, *videos: tuple[str, str, str]) -> Cohort:
+    """A cohort of these (patient, video, expression), of which nothing is on disk."""
+    samples = tuple(Sample(f"{video}_{patient}", patient, video, kind, 1.0, 8) for patient, video, kind in videos)
+    return Cohort(Store(root), Manifest("own", samples, (), "0" * 64), samples, (), ())
+
+
+def guard_of(cohort: Cohort) -> Guard:
+    secrets = Secrets.of_cohort(cohort)
+    return Guard(secrets.names, secrets.folders, own=secrets.own)
+
+
+def test_videos_that_are_called_like_expressions_cost_no_weights(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
+    cohort = cohort_of(tmp_path, ("P01", "Smile", "smile"), ("P01", "test", "smile"), ("P02", "Checkpoint", "smile"))
+    tracker = SweepTracker(
+        tmp_path / "tracking.jsonl", uri=embedded(tmp_path), experiment="study", sweep="s-1", sweep_id="0a" * 16,
+        params={}, tags={}, dataset=("own", "d" * 64), secrets=Secrets.of_cohort(cohort),
+    )  # fmt: skip
+    tracker.trial_started("0", 0, {"train.loss": "mse"})
+    tracker.epoch("0", 1, {"spearman_smile": 0.5, "spearman_smile_low": 0.25})
+    tracker.trial_metrics("0", {"test_spearman": 0.5})
+    tracker.trial_ended("0", "finished", folder=checkpoint, reason="of Smile_P01 and P01/Smile")
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    run = runs_of(embedded(tmp_path))["s-1-000"]
+    assert {"spearman_smile", "spearman_smile_low", "test_spearman"} == run.data.metrics.keys()
+    (weights,) = MlflowClient(embedded(tmp_path)).list_artifacts(run.info.run_id, "checkpoint")
+    assert weights.path == "checkpoint/smile.safetensors"
+    key = load_key()
+    said = f"of {pseudonym('Smile_P01', key)} and {pseudonym('P01', key)}/Smile"
+    assert run.data.tags["qafe.reason"] == said
+
+
+def test_a_name_of_a_video_hides_nothing_that_a_sweep_says(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
+    """Videos that are called like all words that there are in params, tags, numbers, files, figures and weights."""
+    expressions = (*config.EXPRESSIONS, "other_one")
+    texts = {"True", "False", "checkpoint.json", *TRACKED, *Monitor().take(), *STUDIES, *PRUNERS, *SAMPLERS}
+    for kind, mixer in itertools.product(get_args(config.Fusion), get_args(config.Mixer)):
+        settings = {"model.fusion.kind": kind, "model.fusion.mixer": mixer}
+        try:
+            chosen = dotted.override(tiny(), settings)
+        except ConfigError:  # not all go together
+            continue
+        texts |= {*build(chosen).state_dict(), dotted.to_json(chosen)}
+    cohort = cohort_of(tmp_path, *((f"P{number}", "x", kind) for number, kind in enumerate(expressions)))
+    texts |= source_tags().keys() | trial_tags(tiny(), cohort, 0, "tpe").keys()
+    with trial_files(checkpoint, load_key()) as folder:
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        texts |= {str(path.relative_to(folder)) for path in paths}
+        drawn = [pictures.words_in(path.read_bytes(), load_key()) for path in paths if path.suffix == ".png"]
+        texts |= set(itertools.chain(*filter(None, drawn)))
+    for expression in expressions:
+        texts |= {f"spearman_{expression}", f"spearman_{expression}_high", f"checkpoint/{expression}.safetensors"}
+    words = {word for text in texts for way in (r"\w{2,}", r"[^\W_]{2,}") for word in re.findall(way, text)}
+    words = {word for word in words if not re.search(r"\d\d|[0-9a-f]{12}", word)}  # numbers, pseudonyms
+    assert {"smile", "squeeze", "eyes", "attention", "running", "spearman", "png", "severity"} <= words
+    spelled = words | {word.title() for word in words if len(word) > 3}
+    videos = [(f"Q{number:03d}", word, "smile") for number, word in enumerate(sorted(spelled))]
+    cohort = cohort_of(tmp_path, *((s.patient, s.video, s.expression) for s in cohort.train), *videos)
+    check_patients(cohort)
+    guard = guard_of(cohort)
+    assert {text: guard.text(text) for text in texts if guard.text(text) != text} == {}
+    assert guard.text("Q007's smile") == f"{pseudonym('Q007', load_key())}'s smile"
+
+
+def test_what_only_looks_like_our_words_stays_a_secret(tmp_path: Path) -> None:
+    videos = [("P01", "smile_anna", "smile"), ("SAF", "smile", "smile"), ("1", "task", "task11"), ("LR", "x7", "smile")]
+    cohort = cohort_of(tmp_path, *videos)
+    check_patients(cohort)
+    guard = guard_of(cohort)
+    for text in ("checkpoint/smile.safetensors", "spearman_task11", "train.lr"):
+        assert guard.text(text) == text
+    for name in ("smile_anna", "Smile Anna", "smile_SAF", "smile-saf", "SAF", "task_1", "task-1", "LR", "P01"):
+        assert guard.text(f"of {name}.") == f"of {pseudonym(found_as(name), load_key())}."
+
+
+def found_as(name: str) -> str:
+    """The cohort's own spelling."""
+    return {"Smile Anna": "smile_anna", "smile-saf": "smile_SAF", "task-1": "task_1"}.get(name, name)
+
+
+@pytest.mark.parametrize(
+    ("patient", "video", "text"),
+    [
+        ("Smile", "x1", "spearman_smile_low"),
+        ("squeeze", "x1", "spearman_squeeze_eyes_low"),
+        ("Test", "x1", "test_spearman"),
+        ("lr", "x1", "train.lr"),
+        ("l", "smile", "spearman_smile_low"),
+    ],
+)
+def test_a_patient_who_is_called_like_our_words_stays_a_secret(
+    patient: str, video: str, text: str, tmp_path: Path
+) -> None:
+    """Of a sweep that began before this was checked: numbers lose their names rather than the patient his secret."""
+    cohort = cohort_of(tmp_path, (patient, video, "smile"), ("P02", "x2", "squeeze_eyes"))
+    with pytest.raises(ConfigError, match=f"got '{patient}'") as raised:
+        check_patients(cohort)
+    assert "\n" not in str(raised.value)
+    assert guard_of(cohort).finds(f"{text} of {video}_{patient}")
+    assert guard_of(cohort).finds(f"of {video}_{patient}")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_sweep_does_not_start_with_a_patient_who_is_called_like_an_expression(
+    allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store.create(tmp_path / "data")
+    rows = []
+    for number, patient in enumerate(("Frown", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "P9", "P10")):
+        for expression in ("smile", "frown"):
+            video = f"x{number}{expression[0]}"
+            store.write_video(patient, video, video_frames(number, 12), video_landmarks(number, 12))
+            rows.append(CsvRow(f"{video}_{patient}", float(number % 5), 12, expression))
+    store.write_csv("train", rows[:-4], "own")
+    store.write_csv("test", rows[-4:], "own")
+    monkeypatch.setattr(sweeps.driver, "run_sweep", lambda *_, **__: 0)
+    line = ["fusion_search", "--data-root", str(store.root), "--storage", str(tmp_path / "sweeps"), "--preset", "tiny"]
+    line += ["--tracking-uri", embedded(tmp_path), *QUICK_FLAGS, "--set", "data.validation_fraction=0.5"]
+    assert main([*line, *(["--allow-identifiable"] if allowed else [])]) == (0 if allowed else 2)
+    if not allowed:
+        error = capsys.readouterr().err
+        assert "a patient's name must not be a part of what a sweep says in MLflow, got 'Frown'" in error
+        assert "Rename the patient" in error
+        assert not (tmp_path / "sweeps").exists()

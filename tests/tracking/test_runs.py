@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import shutil
 import threading
@@ -14,13 +15,14 @@ from mlflow.entities import Run
 from qafe import dotted
 from qafe.config import Config
 from qafe.data.cohort import load_cohort
-from qafe.errors import TrackingError
+from qafe.errors import CheckpointError, TrackingError
 from qafe.history import ExpressionHistory, write_history
 from qafe.train import fit
 from tracking.connection import connect, masked, resolve_uri
 from tracking.figures import trial_files
 from tracking.pseudonyms import key_path, load_key, pseudonym
 from tracking.runs import SweepTracker, main, replay, sweep_exists
+from tracking.spool import Spool
 
 from .stores import embedded, free_port, server
 
@@ -218,6 +220,119 @@ def test_a_damaged_checkpoint_does_not_hold_the_others_up(
     assert tracker.close() == 0
     assert sum("gets no files" in line for line in caplog.messages) == 4
     assert [run.info.status for run in runs_of(uri).values()] == ["FINISHED"] * 5
+
+
+def artifacts_of(uri: str, name: str) -> set[str]:
+    return {item.path for item in MlflowClient(uri).list_artifacts(runs_of(uri)[name].info.run_id)}
+
+
+@pytest.mark.parametrize("place", ["tempfile.TemporaryDirectory", "weights.save", "read_history"])
+def test_files_that_cannot_be_made_now_are_made_by_a_replay(
+    place: str, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        err = OSError(errno.EIO if place == "read_history" else errno.ENOSPC, "as a disk says it", "/tmp/x")
+        if place == "tempfile.TemporaryDirectory":
+            raise err
+        raise CheckpointError("what our own code makes of it") from err
+
+    uri = embedded(tmp_path)
+    tracker = open_tracker(tmp_path, uri)
+    for number, trial in enumerate("ab"):
+        tracker.trial_started(trial, number, {})
+        tracker.epoch(trial, 1, {"spearman": 0.5})
+    with monkeypatch.context() as patch:
+        patch.setattr(f"tracking.figures.{place}", fails)
+        tracker.trial_ended("a", "finished", folder=checkpoint)
+        assert tracker.wait_until_sent(60)
+    tracker.trial_ended("b", "finished", folder=checkpoint)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    assert tracker.ended_trials() == {"b"}  # the files of the other are still needed
+    assert tracker.refused == 1
+    assert sum("files are left to a replay" in line for line in caplog.messages) == 1
+    assert not [line for line in caplog.messages if "gets no files" in line or "refuses" in line]
+    assert {run.info.status for run in runs_of(uri).values()} == {"FINISHED"}
+    assert artifacts_of(uri, "s-1-000") == set()
+    (entry,) = Spool(tmp_path / "tracking.jsonl").refused()
+    assert "files must be copied before they are sent, got " in entry["refused"]
+
+    assert replay(tmp_path / "tracking.jsonl") == (0, 0)
+    assert artifacts_of(uri, "s-1-000") == artifacts_of(uri, "s-1-001") == {"figures", "checkpoint", "config.json",
+                                                                            "predictions.csv"}  # fmt: skip
+    assert len(MlflowClient(uri).search_logged_models([runs_of(uri)["s-1"].info.experiment_id])) == 2
+
+
+def test_files_of_a_trial_that_went_on_are_left_to_its_later_end(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = embedded(tmp_path)
+    tracker = open_tracker(tmp_path, uri)
+    tracker.trial_started("a", 0, {})
+    with monkeypatch.context() as patch:
+        patch.setattr("tracking.figures.read_history", lambda _: 1 / 0)
+        tracker.trial_ended("a", "killed", folder=checkpoint)
+        assert tracker.wait_until_sent(60)
+    assert tracker.refused == 1
+    time.sleep(0.01)
+    tracker.trial_started("a", 0, {})
+    tracker.trial_ended("a", "finished", folder=checkpoint)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    assert replay(tmp_path / "tracking.jsonl") == (0, 0)
+    run = runs_of(uri)["s-1-000"]
+    assert (run.info.status, run.data.tags["qafe.state"]) == ("FINISHED", "finished")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_sweep_that_was_moved_sends_its_files(
+    older: bool, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With folders as the spool names them, or as it did once: absolute."""
+    uri = embedded(tmp_path)
+    sweep = tmp_path / "sweeps" / "s-1"
+    last = sweep / "trial_000" / "checkpoint_000002"
+    shutil.copytree(checkpoint, last)
+    (sweep / "report").mkdir()
+    (sweep / "report" / "best_trials.csv").write_text("trial\n0\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("tracking.sender.connect", lambda _: 1 / 0)
+        tracker = open_tracker(sweep, uri)
+        tracker.trial_started("0", 0, {})
+        tracker.trial_ended("0", "finished", folder=last)
+        tracker.sweep_files(sweep / "report", {"best_spearman": 0.5})
+        tracker.sweep_ended("finished")
+        assert tracker.close(patience_s=0.1) == 5
+    text = (sweep / "tracking.jsonl").read_text()
+    assert str(sweep) not in text
+    if older:
+        entries = [json.loads(line) for line in text.splitlines()]
+        entries[0]["folders"] = [str(tmp_path), str(sweep), str(sweep.parent)]
+        entries[2]["folder"], entries[3]["folder"] = str(last), str(sweep / "report")
+        (sweep / "tracking.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    moved = tmp_path / "archive" / "fusion"
+    shutil.copytree(sweep, moved)
+    for path in last.iterdir():  # another sweep of this name may lie in the old place
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert replay(moved / "tracking.jsonl") == (5, 0)
+    assert artifacts_of(uri, "s-1") == {"best_trials.csv"}
+    assert artifacts_of(uri, "s-1-000") == {"figures", "checkpoint", "config.json", "predictions.csv"}
+    assert {run.info.status for run in runs_of(uri).values()} == {"FINISHED"}
+
+
+def test_files_of_the_sweep_that_are_gone_do_not_hold_its_end_up(tmp_path: Path) -> None:
+    uri = embedded(tmp_path)
+    tracker = open_tracker(tmp_path, uri)
+    tracker.sweep_files(tmp_path / "report", {"best_spearman": 0.5})
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    run = runs_of(uri)["s-1"]
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"best_spearman": 0.5})
+    assert replay(tmp_path / "tracking.jsonl") == (0, 1)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "best_trials.csv").write_text("trial\n0\n")
+    assert replay(tmp_path / "tracking.jsonl") == (0, 0)
+    assert artifacts_of(uri, "s-1") == {"best_trials.csv"}
 
 
 def test_a_trial_has_its_run_while_anothers_figures_are_drawn(

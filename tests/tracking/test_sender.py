@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
 
@@ -178,6 +178,123 @@ def test_entries_of_a_deleted_run_do_not_hold_up_the_others(tmp_path: Path) -> N
     assert tracker.refused >= 1
     assert runs_of(uri)["s-1-001"].info.status == "FINISHED"
     assert steps_of(uri, runs_of(uri)["s-1-001"]) == [(1, 0.5)]
+
+
+def all_runs(uri: str) -> dict[str, str]:
+    """Every run's id and name, deleted ones too."""
+    found = MlflowClient(uri).search_runs(["1"], run_view_type=ViewType.ALL)
+    return {run.info.run_id: run.info.run_name for run in found}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_somebody_deleted_stays_deleted(again: bool, tmp_path: Path) -> None:
+    """By a replay of what was refused, and of all that has been sent."""
+    uri = embedded(tmp_path)
+    tracker = open_tracker(tmp_path, uri)
+    for number, trial in enumerate("ab"):
+        tracker.trial_started(trial, number, {"lr": 0.1 + number})
+    assert tracker.wait_until_sent(60)
+    deleted = tracker.run_id("a")
+    MlflowClient(uri).delete_run(deleted)
+    for trial in ("a", "b"):
+        tracker.epoch(trial, 1, {"spearman": 0.5})
+        tracker.trial_ended(trial, "finished", folder=None)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    refused = tracker.refused
+    before = all_runs(uri)
+    for _ in range(2):
+        if again:
+            (tmp_path / "tracking.jsonl.sent").unlink()
+        sent, left = replay(tmp_path / "tracking.jsonl")
+        assert sent == (8 if again else 0)
+        assert left >= refused >= 1
+        assert all_runs(uri) == before
+    assert runs_of(uri)["s-1-001"].info.status == "FINISHED"
+    assert steps_of(uri, runs_of(uri)["s-1-001"]) == [(1, 0.5)]
+    reasons = [entry["refused"] for entry in Spool(tmp_path / "tracking.jsonl").refused()]
+    assert any(f"that of trial a was deleted ({deleted})" in reason for reason in reasons)
+
+    MlflowClient(uri).restore_run(deleted)
+    assert replay(tmp_path / "tracking.jsonl") == (0, 0)
+    assert all_runs(uri) == before
+    run = runs_of(uri)["s-1-000"]
+    assert (run.info.run_id, run.info.status, run.data.tags["qafe.state"]) == (deleted, "FINISHED", "finished")
+    assert steps_of(uri, run) == [(1, 0.5)]
+
+
+def test_after_a_power_cut_all_is_sent_again_and_nothing_doubled(tmp_path: Path, checkpoint: Path) -> None:  # noqa: F811
+    """The cursor may be on the disk before the lines that it has passed."""
+    uri, path = embedded(tmp_path), tmp_path / "tracking.jsonl"
+    tracker = open_tracker(tmp_path, uri)
+    for number, trial in enumerate("abc"):
+        tracker.trial_started(trial, number, {"lr": 0.1})
+        for step in (1, 2):
+            tracker.epoch(trial, step, {"spearman": step / 10, "mae": 1 / step, "train_loss": float("nan")})
+        tracker.trial_metrics(trial, {"test_spearman": 0.5})
+    tracker.trial_ended("a", "finished", folder=checkpoint)
+    assert tracker.wait_until_sent(60)
+    MlflowClient(uri).delete_run(tracker.run_id("c"))
+    before = all_runs(uri)
+    whole = path.stat().st_size
+    tracker.trial_tags("b", {"qafe.note": "x" * 3000})
+    tracker.close()
+    with open(path, "rb+") as content:
+        content.truncate(whole)
+
+    tracker = open_tracker(tmp_path, uri)
+    tracker.trial_started("b", 1, {"lr": 0.1})
+    tracker.epoch("b", 3, {"spearman": 0.3})
+    tracker.trial_ended("b", "finished", folder=checkpoint)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    assert all_runs(uri) == before
+    runs, client = runs_of(uri), MlflowClient(uri)
+    assert sorted(runs) == ["s-1", "s-1-000", "s-1-001"]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert steps_of(uri, runs["s-1-000"]) == [(1, 0.1), (2, 0.2)]
+    assert steps_of(uri, runs["s-1-001"]) == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    for run in (runs["s-1-000"], runs["s-1-001"]):
+        assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 2
+        assert len(client.get_metric_history(run.info.run_id, "test_spearman")) == 1
+        assert len(run.inputs.dataset_inputs) == 1
+    assert len(client.search_logged_models([runs["s-1"].info.experiment_id])) == 2
+
+
+def test_trials_of_a_sweep_whose_run_was_deleted_arrive(tmp_path: Path) -> None:
+    uri = embedded(tmp_path)
+    tracker = open_tracker(tmp_path, uri)
+    assert tracker.wait_until_sent(60)
+    sweep = tracker.run_ids()[""]
+    assert tracker.close() == 0
+    MlflowClient(uri).delete_run(sweep)
+    tracker = open_tracker(tmp_path, uri)
+    tracker.trial_started("a", 0, {})
+    tracker.trial_ended("a", "finished", folder=None)
+    tracker.sweep_ended("finished")
+    assert tracker.close() == 0
+    assert tracker.refused >= 1
+    assert sorted(all_runs(uri).values()) == ["s-1", "s-1-000"]
+    assert runs_of(uri)["s-1-000"].data.tags["mlflow.parentRunId"] == sweep
+    MlflowClient(uri).restore_run(sweep)
+    assert replay(tmp_path / "tracking.jsonl") == (0, 0)
+    assert {run.info.status for run in runs_of(uri).values()} == {"FINISHED"}
+
+
+def test_a_run_that_is_made_late_is_that_of_its_trial(tmp_path: Path) -> None:
+    """As where the making of it was refused, and only its numbers are left."""
+    uri = embedded(tmp_path)
+    path = spooled(tmp_path, uri)
+    lines = path.read_text().splitlines(keepends=True)
+    path.with_name("tracking.jsonl.sent").write_text(str(len("".join(lines[:3]))))
+    assert replay(path) == (13, 0)
+    runs = runs_of(uri)
+    assert sorted(runs) == ["s-1", "s-1-000", "s-1-001"]
+    for name in ("s-1-000", "s-1-001"):
+        assert runs[name].data.params == {"lr": "0.1"}
+        assert (runs[name].info.start_time, runs[name].info.end_time) == (2000, 9000)
+        assert runs[name].inputs.dataset_inputs
+    assert runs["s-1"].info.start_time == 1000
 
 
 @pytest.mark.parametrize("code", [PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE])
