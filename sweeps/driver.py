@@ -144,7 +144,7 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
                 f"python -m tracking.runs replay {spool}"
             )
         if refused := tracker.refused:
-            say(f"{refused} entries were refused by the tracking server; they and the reasons are in {spool}.refused")
+            say(f"{refused} entries were set aside; they and the reasons are in {spool}.refused")
 
 
 def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> dict[str, Any]:

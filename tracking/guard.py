@@ -23,16 +23,15 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qafe import config
 from qafe.data.cohort import Cohort
-from qafe.dotted import flatten
 from qafe.errors import ConfigError
 
 from . import pictures
+from .own_words import OWN, own_words
 from .pseudonyms import load_key, pseudonym
 from .spool import Entry
 
@@ -59,52 +58,6 @@ EMBEDDED = re.compile(
 """A file inside a text; the second is a JPEG, PNG, GIF, WebP or BMP without a word about what it is."""
 PIXELS = re.compile(r"(?<![\d.])(?>(?:25[0-5]|2[0-4]\d|1?\d?\d)[\s,;\[\]]+){768,}+")
 """As many bytes as the smallest picture that shows somebody; none of our tables has so many small whole numbers."""
-CHOICES = [str(choice) for kind in vars(config).values() if get_origin(kind) is Literal for choice in get_args(kind)]
-"""Values of settings."""
-OWN_NAMES = """
-spearman_low spearman_high pearson mae train_loss lr epoch_s clips_per_s peak_memory_mb best_spearman best_mae
-test_spearman luck_threshold luck_p_value trials system/cpu_utilization_percentage
-system/system_memory_usage_megabytes system/system_memory_usage_percentage system/gpu_0_utilization_percentage
-system/gpu_0_memory_usage_megabytes system/gpu_0_memory_usage_percentage study seed sampler scheduler cpus_per_trial
-gpus_per_trial data_digest expressions objectives warm_start params seconds maximize minimize tpe gp cmaes random qmc
-grid asha hyperband median none mean sum True False None nan fusion_search heatmap_search optimiser_search
-paper_baseline seed_noise baseline search finished pruned failed killed lost data memory diverged qafe.sweep_id
-qafe.trial qafe.state qafe.reason qafe.host qafe.gpu qafe.note qafe.study_file qafe.study_sha256 qafe.stage qafe.fold
-qafe.seed qafe.expression qafe.data_digest qafe.split_digest qafe.checkpoint qafe.identifiable
-mlflow.source.git.commit mlflow.source.git.dirty version.torch version.python version.numpy version.ray version.optuna
-version.mlflow version.qafe-net training validation test config.json predictions.csv failure.txt report.html
-best_trials.csv importances.json summary.json study.py source.diff checkpoint/ figures/predicted_against_true.png
-figures/spearman_over_epochs.png figures/confusion.png figures/residuals_per_patient.png figures/example_heatmap.png
-figures/fusion_attention.png expression clip patient target prediction trial state epoch epochs pareto qafe.config
-validation_spearman fusion.layers.blocks.shared.attention.norm_query norm_value norm_mlp key value out
-fusion.mixer.conv fusion.position_heatmap fusion.position_rgb fusion.unused_norm fusion.gate.project fusion.weigh
-head.layers.weight bias batches running_mean running_var num_batches_tracked spatial.stages.stem
-spatial.transformer.layers.qkv.expand.contract temporal.class_token temporal.position heatmap.stem.conv.bn
-heatmap.stages.reduce.spatial.shortcut downsample layer1 layer2 layer3 layer4 conv1 conv2 bn1 bn2 attention_norm
-mlp_norm project_rgb project_heatmap tokens
-"""
-"""Of numbers, params, tags, states, studies, files, columns, and tensors of weights."""
-OWN_LINES = """Spearman [band: 95 % at the best epoch, clips
-(patients resampled)
-true severity
-predicted severity, rounded
-predicted minus true severity
-validation Spearman
-training loss
-100% exact
-a row for each validation patient
-a dot for each clip, a line at the median
-segment; h: heatmap, r: RGB
-layer 1: rgb reads heatmap segment
-both pool segment
-a drawn face, no patient's: all points, jet, sigma 1 px, window 5 px, blur 7 px
-canvas of 256 px, which the encoder gets at 56 px
-stopped early after epoch
-the sweep's time budget was spent
-its sweep ended without it"""
-"""Words in figures, and reasons."""
-OWN = (*flatten(config.Config()), *CHOICES, *config.PRESETS, *OWN_NAMES.split(), *OWN_LINES.splitlines())
-"""What a sweep itself says."""
 EXAMPLE = "input_example"
 """MLflow's name of a model's example; ours would be a patient's clip."""
 
@@ -142,7 +95,7 @@ class Secrets:
         machine = cls.of_machine(cohort.store.root, *folders)
         samples = (*cohort.manifest.train, *cohort.manifest.test)
         patients = {sample.patient for sample in samples}
-        own = _own_words(cohort.manifest.expressions)
+        own = own_words(cohort.manifest.expressions)
         said = "\n".join(own)
         others = {*machine.names} | {sample.video for sample in samples}
         names = patients | {sample.id for sample in samples} | {name for name in others if not _spoken(name, said)}
@@ -252,6 +205,8 @@ class Guard:
         if "\0" in text:
             return False
         guarded = self._clean_text(text)
+        if path.suffix != ".diff":  # of our own source, in which an address looks like a path
+            guarded = ABSOLUTE.sub("path-hidden", guarded)
         if guarded != text:
             path.write_text(self._noted(text, guarded))
         return True
@@ -322,12 +277,6 @@ def _pattern(place: Place, spellings: set[str], said: str) -> re.Pattern[str] | 
     return None
 
 
-def _own_words(expressions: Iterable[str]) -> tuple[str, ...]:
-    """What a sweep of these expressions says."""
-    of_each = ("spearman_{0}_low", "spearman_{0}_high", "checkpoint/{0}.safetensors", "{0}, validation", "{0}: ")
-    return (*OWN, *(way.format(expression) for expression in expressions for way in of_each))
-
-
 def _spoken(name: str, said: str) -> bool:
     """Whether a name, as it is written, would be found in what is said."""
     before, after, flags = _place(name)
@@ -337,7 +286,7 @@ def _spoken(name: str, said: str) -> bool:
 
 def _clashes(cohort: Cohort) -> list[tuple[str, str]]:
     """Patients whose names, or ids with them, are found in what a sweep says, each with the text."""
-    own = _own_words(cohort.manifest.expressions)
+    own = own_words(cohort.manifest.expressions)
     said = "\n".join(own)
     found = []
     samples = (*cohort.manifest.train, *cohort.manifest.test)

@@ -188,6 +188,18 @@ def test_no_name_and_no_face_arrives_by_any_channel(
     assert not [spelling for spelling in SPELLINGS if spelling in said[0]]
 
 
+def test_paths_in_files_are_hidden_and_what_only_looks_like_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"model.rgb.weights": "/mnt/clinic/anna/a.pth"}')
+    page = '<svg xmlns="http://www.w3.org/2000/svg"><path d="M1/2"/></svg><style>a{font:12px/1.5 x;width:50%}</style>'
+    (tmp_path / "report.html").write_text(page)
+    diff = "--- /dev/null\n+++ b/sweeps/new.py\n+CREATES = '/mlflow/experiments/create'\n"
+    (tmp_path / "source.diff").write_text(diff)
+    Guard((), ()).clean(tmp_path)
+    assert (tmp_path / "summary.json").read_text() == '{"model.rgb.weights": "path-hidden"}'
+    assert (tmp_path / "report.html").read_text() == page
+    assert (tmp_path / "source.diff").read_text() == diff
+
+
 def test_allowed_is_noted_and_lets_everything_pass(tmp_path: Path, face: np.ndarray) -> None:
     store = tmp_path / "store"
     store.mkdir()
