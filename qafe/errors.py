@@ -6,6 +6,7 @@ QafeError
 ├── FaceError         no face, or not the right one, was found
 ├── ManifestError     a prepared dataset is not what its CSV files say
 ├── CheckpointError   weights do not fit the model, or the file is damaged
+│   └── PrecisionError   a run would resume in another precision than it was started in
 └── TrackingError     the MLflow server, run or registry cannot do what was asked
 
 A message gives the rule, the value, the place and the next step. Commands print it as one line and
@@ -35,6 +36,10 @@ class ManifestError(QafeError):
 
 class CheckpointError(QafeError):
     """Weights do not fit the model, or their file is damaged."""
+
+
+class PrecisionError(CheckpointError):
+    """A run would resume in another precision than it was started in, as on another kind of GPU."""
 
 
 class TrackingError(QafeError):

@@ -29,7 +29,7 @@ from .data.loader import clip_loader, evaluation_loader, read_batches
 from .data.manifest import Sample
 from .device import amp_dtype, peak_memory_mb, pick_device, precision_name
 from .distributed import Ranks, Shares, gradients_summed, take_compile_cache
-from .errors import CheckpointError, ManifestError
+from .errors import CheckpointError, ManifestError, PrecisionError
 from .losses import BATCH_LOSSES, build_loss
 from .memory import freed_memory_kept, freed_memory_returned
 from .model import weights
@@ -389,7 +389,7 @@ class _Run:
         """What ``train.precision=auto`` means depends on the GPU, and the numbers on what it means."""
         ours, wanted = precision_name(self.amp_dtype), self.config.train.precision
         if held != ours:
-            raise CheckpointError(
+            raise PrecisionError(
                 f"a run resumes in the precision that it was started in; {path} has {held}, and here "
                 f"train.precision={wanted} is {ours} (on {self.device}). Set train.precision={held}, take a device "
                 "like the earlier one, or start anew."

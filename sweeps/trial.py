@@ -25,6 +25,7 @@ import shutil
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from qafe.config import Config
 from qafe.data.cohort import split_cohort
 from qafe.data.manifest import Manifest, read_manifest
 from qafe.device import out_of_memory
-from qafe.errors import ManifestError, MediaError, QafeError
+from qafe.errors import ManifestError, MediaError, PrecisionError, QafeError
 from qafe.history import ExpressionHistory, History, read_history, write_history
 from qafe.store import Store
 from qafe.train import EpochResult, fit
@@ -85,7 +86,8 @@ class TrialPlan:
 def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
     """Trains one model for each expression, epoch by epoch side by side, and reports after each epoch.
 
-    A trial that was interrupted goes on from its last intact checkpoint.
+    A trial that was interrupted goes on from its last intact checkpoint; where ``train.precision=auto`` means another
+    one than before, it begins anew.
     """
     torch.set_num_threads(plan.threads)
     planned = dotted.override(dotted.from_json(plan.base_json), parameters["settings"])
@@ -166,18 +168,27 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
             config = dotted.override(
                 config, {"train.batch_size": held.train.batch_size, "train.accumulate": held.train.accumulate}
             )
-    runs = {}
-    for expression in plan.expressions:
-        part = cohort.only(expression)
+    parts = {expression: cohort.only(expression) for expression in plan.expressions}
+
+    def begun(checkpoint: Path | None) -> dict[str, Iterator[EpochResult]]:
+        return {
+            expression: fit(
+                config,
+                part.store,
+                part.train,
+                part.validation,
+                device=device,
+                resume_from=checkpoint / expression if checkpoint else None,
+            )
+            for expression, part in parts.items()
+        }
+
+    try:
+        runs = begun(resume_from)
+    except PrecisionError:  # another kind of GPU: half of each would be neither's result
+        history, runs = {}, begun(None)
+    for expression, part in parts.items():
         history.setdefault(expression, ExpressionHistory.start(part.validation))
-        runs[expression] = fit(
-            config,
-            part.store,
-            part.train,
-            part.validation,
-            device=device,
-            resume_from=resume_from / expression if resume_from else None,
-        )
     done = len(history[plan.expressions[0]].epochs)
     for _ in range(done, config.train.epochs):
         results = {expression: next(run) for expression, run in runs.items()}

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
-from qafe.errors import CheckpointError, ConfigError, TrackingError
-from qafe.history import read_history
+from qafe.errors import TrackingError
 
 from . import figures
 from .batches import BATCH, Item, as_entry, batches, refusal
@@ -31,11 +30,9 @@ from .guard import Guard
 from .pseudonyms import load_key
 from .spool import Entry, Spool
 from .tags import (
-    CHECKPOINT_TAG,
     EXPERIMENT_TAGS,
     IDENTIFIABLE_TAG,
     MLFLOW_STATUS,
-    MODEL_TYPE,
     PRUNED_TAG,
     REASON_TAG,
     SPLIT_TAG,
@@ -53,11 +50,6 @@ BEGINNINGS = ("open", "trial")
 """Kinds of entries with which a run begins, or goes on."""
 LOOK_AHEAD_S = 0.02
 """While a trial's figures are drawn, how often the sender looks whether another trial waits for its run."""
-MODEL_METRICS = ("spearman", "spearman_low", "spearman_high", "mae", "pearson")
-
-
-class FilesLater(Exception):
-    """Files could not be made now, as where the disk is full; another time they may be."""
 
 
 class RunDeleted(MlflowException):
@@ -94,6 +86,8 @@ class Sender:
         self._opened: Entry | None = None
         self._guard: Guard | None = None
         self._said = set[str]()
+        self._other = ThreadPoolExecutor(1, thread_name_prefix="trial-files")  # one: each has a heap of its own
+        self._looked = 0
         self._handlers: dict[str, Callable[[MlflowClient, Entry], None]] = {
             "open": self._open,
             "trial": self._trial,
@@ -218,7 +212,11 @@ class Sender:
 
     def _set_aside(self, entry: Entry, err: Exception) -> None:
         self.spool.set_aside(entry | {"refused": str(err)})
-        what = "files are left to a replay" if isinstance(err, FilesLater) else "the tracking server refuses something"
+        what = (
+            "files are left to a replay"
+            if isinstance(err, figures.FilesLater)
+            else "the tracking server refuses something"
+        )
         if what not in self._said:
             self._said.add(what)
             logger.warning("%s (%s): %s", what, self.spool.refused_path, masked(str(err))[:200])
@@ -378,13 +376,13 @@ class Sender:
                 try:
                     folder = self._trial_files(client, checkpoint, stack)
                 except Exception as err:  # whatever is wrong, the others have to be sent
-                    if not _damaged(checkpoint, err):
-                        raise _later(err, f"trial {trial}") from err
+                    if not figures.damaged(checkpoint, err):
+                        raise figures.later(err, f"trial {trial}") from err
                     logger.warning("run %s gets no files: %s", run_id, err)
                 else:
                     client.log_artifacts(run_id, str(folder))
                     if entry["state"] == "finished":
-                        self._model(client, run_id, checkpoint)
+                        figures.log_model(client, self.experiment_id, run_id, checkpoint)
         self.ended.add(trial)
 
     def _folder(self, entry: Entry) -> Path:
@@ -404,38 +402,20 @@ class Sender:
             self._guard_of_sweep().clean(folder)
             return folder
 
-        with ThreadPoolExecutor(1, thread_name_prefix="trial-files") as other:
-            made = other.submit(make)
-            while wait([made], LOOK_AHEAD_S).not_done:
-                self._make_runs_ahead(client)
+        made = self._other.submit(make)
+        while wait([made], LOOK_AHEAD_S).not_done:
+            self._make_runs_ahead(client)
         return made.result()
 
     def _make_runs_ahead(self, client: MlflowClient) -> None:
         """Makes the runs of trials that have begun meanwhile: the driver waits for them. The rest has its turn."""
-        for entry, _ in self.spool.unsent():
+        for entry, after in self.spool.unsent(self._looked):
             if entry["kind"] == "open":  # what follows belongs to it
                 return
+            self._looked = after
             if entry["kind"] == "trial" and entry["trial"] not in self.runs:
                 with contextlib.suppress(Exception):  # is raised again in its turn
                     self._run_id(client, entry["trial"], self._guard_of_sweep().entry(entry))
-
-    def _model(self, client: MlflowClient, run_id: str, checkpoint: Path) -> None:
-        """The run's best weights as a model that MLflow's UI lists, with the run's own numbers of their epoch."""
-        step = max(entry.best_epoch for entry in read_history(checkpoint).values())
-        found = client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'")
-        model = next((each for each in found if each.model_type == MODEL_TYPE), None)
-        if model is None:
-            weights = {CHECKPOINT_TAG: f"runs:/{run_id}/{figures.CHECKPOINT_FOLDER}"}
-            model = client.create_logged_model(
-                self.experiment_id, name=MODEL_TYPE, source_run_id=run_id, tags=weights, model_type=MODEL_TYPE
-            )
-        # The very rows that the run has: a row of another time would be one more step there.
-        rows = [row for name in MODEL_METRICS for row in client.get_metric_history(run_id, name) if row.step == step]
-        linked = [Metric(row.key, row.value, row.timestamp, row.step, model_id=model.model_id) for row in rows]
-        if linked:
-            client.log_batch(run_id, metrics=linked)
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
-        client.finalize_logged_model(model.model_id, "READY")
 
     def _sweep_files(self, client: MlflowClient, entry: Entry) -> None:
         for batch in batches([Metric(name, value, entry["time"], 0) for name, value in entry["metrics"].items()]):
@@ -444,7 +424,7 @@ class Sender:
             try:
                 folder = stack.enter_context(self._guard_of_sweep().cleaned(self._folder(entry)))
             except Exception as err:
-                raise _later(err, "the sweep") from err
+                raise figures.later(err, "the sweep") from err
             client.log_artifacts(self._run_id(client, ""), str(folder))
 
     def _sweep_end(self, client: MlflowClient, entry: Entry) -> None:
@@ -460,29 +440,7 @@ def now_ms() -> int:
 
 def _is_final(err: Exception) -> bool:
     """Whether to send the same again at once would be in vain."""
-    return isinstance(err, FilesLater) or refusal(err)
-
-
-def _later(err: Exception, of: str) -> FilesLater:
-    return FilesLater(
-        f"files must be copied before they are sent, got {type(err).__name__} ({' '.join(str(err).split())}) for {of}. "
-        "Make room, then replay the spool."
-    )
-
-
-def _damaged(checkpoint: Path, err: Exception) -> bool:
-    """Whether an error proves that a checkpoint is damaged or missing: no other time would give more of it."""
-    causes: list[BaseException] = [err]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
-    of_disk = [cause for cause in causes if isinstance(cause, OSError)]
-    if not of_disk:
-        return isinstance(err, CheckpointError | ConfigError)
-    missing = (FileNotFoundError, NotADirectoryError)
-    return all(
-        isinstance(cause, missing) and cause.filename and Path(cause.filename).is_relative_to(checkpoint)
-        for cause in of_disk
-    )
+    return isinstance(err, figures.FilesLater) or refusal(err)
 
 
 def _dataset_input(data: Mapping[str, Any], split: str) -> DatasetInput:

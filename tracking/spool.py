@@ -81,10 +81,10 @@ class Spool:
         except (OSError, ValueError):
             return 0
 
-    def unsent(self) -> Iterator[tuple[Entry, int]]:
-        """Entries after the cursor, each with the cursor's place after it."""
+    def unsent(self, after: int = 0) -> Iterator[tuple[Entry, int]]:
+        """Entries after the cursor, and after this place, each with the cursor's place after it."""
         with open(self.path, "rb") as lines:
-            lines.seek(self.sent)
+            lines.seek(max(self.sent, after))
             while (line := lines.readline()).endswith(b"\n"):
                 yield json.loads(line), lines.tell()
 

@@ -1,5 +1,7 @@
 """sweeps/trial.py: what goes wrong in a trial gets its class and one line."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,9 @@ import torch
 from qafe import dotted
 from qafe.config import Config
 from qafe.errors import CheckpointError, ConfigError, ManifestError
+from qafe.train import STATE_FILE
 from sweeps import trial
+from sweeps.checkpoints import seal
 from sweeps.results import FAILED_AS
 from sweeps.study import REASON
 from sweeps.trial import DATA, ERROR, MEMORY, REFUSED, TrialPlan, train_trial
@@ -52,3 +56,33 @@ def test_every_failure_has_a_class(quick: Config, monkeypatch: pytest.MonkeyPatc
     assert "\n" not in report[REASON]
     if kind != MEMORY:  # Which halves the batch until there is one clip.
         assert report[REASON] == f"{type(err).__name__}: {err}"
+
+
+def test_a_trial_begins_anew_on_another_kind_of_gpu(
+    quick: Config, sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    def report(result: dict[str, Any], checkpoint: Any) -> None:
+        told.append(result)
+        shutil.copytree(checkpoint.path, tmp_path / "trial_000" / f"checkpoint_{len(told):06d}")
+
+    monkeypatch.setattr(trial.tune, "report", report)
+    monkeypatch.setattr(trial.tune, "get_checkpoint", lambda: None)
+    config = dotted.override(quick, {"train.epochs": 2})
+    plan = TrialPlan(
+        base_json=dotted.to_json(config), data_root=str(sample_root), expressions=("smile",), threads=1, gpus=0,
+        folder=str(tmp_path), trials=1, cpus=1, baseline_bytes=0,
+    )  # fmt: skip
+    train_trial({"settings": {}, "number": 0, "epochs": 0}, plan)
+    shutil.rmtree(tmp_path / "trial_000" / "checkpoint_000002")
+    first = tmp_path / "trial_000" / "checkpoint_000001"
+    train_trial({"settings": {}, "number": 0, "epochs": 1}, plan)
+    assert [row["epoch"] for row in told] == [1, 2, 2], "goes on"
+    shutil.rmtree(tmp_path / "trial_000" / "checkpoint_000003")
+    state = torch.load(first / "smile" / STATE_FILE, weights_only=False)
+    torch.save(state | {"precision": "bf16"}, first / "smile" / STATE_FILE)
+    seal(first, 1)
+    train_trial({"settings": {}, "number": 0, "epochs": 1}, plan)
+    assert [row["epoch"] for row in told] == [1, 2, 2, 1, 2], "begins anew"
+    assert told[4]["best_spearman"] == told[2]["best_spearman"] == told[1]["best_spearman"]
