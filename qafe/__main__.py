@@ -7,40 +7,25 @@ import contextlib
 import json
 import os
 import shlex
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from . import console, dotted, metrics
-from .config import EXPRESSIONS, PRESETS, Config
+from . import console, dotted
+from .config import PRESETS
 from .data.cache import cache_folder, cache_size, clear_cache
-from .data.cohort import Cohort, choose_expressions, load_cohort
 from .data.manifest import read_manifest
 from .data.sample import SampleConfig, make_sample
-from .errors import CheckpointError, ConfigError, QafeError
+from .errors import CheckpointError, ConfigError
 from .faces.detect import DEFAULT_MODELS, DEFAULT_ROOT
 from .faces.landmarks_only import add_landmarks
 from .faces.prepare import Outcome, prepare_cohort
 from .faces.settings import PrepareSettings
 from .faces.track import TrackSettings
-from .history import HISTORY_FILE, ExpressionHistory, History, write_history
 from .store import Store
-
-if TYPE_CHECKING:
-    import torch
-
-    from .train import EpochResult
-
-
-CONFIG_FILE = "config.json"
-_UNFINISHED = "unfinished"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,7 +120,7 @@ def _prepare(options: argparse.Namespace) -> int:
             else:
                 outcome = _prepare_cohort(options, settings, shared)
         except OSError as err:
-            raise _unwritable(out, err) from err
+            raise console.unwritable(out, err) from err
         except KeyboardInterrupt:
             print("What is finished is kept: the same command with --resume goes on.", file=sys.stderr)
             raise
@@ -207,7 +192,7 @@ def _sample(options: argparse.Namespace) -> int:
         with console.progress(f"making the sample dataset in {options.folder}") as progress:
             folder = make_sample(options.folder, config, progress=progress)
     except OSError as err:
-        raise _unwritable(options.folder, err) from err
+        raise console.unwritable(options.folder, err) from err
     print(folder)
     return 0
 
@@ -231,178 +216,12 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .device import pick_device
-    from .distributed import launched
+    from .training import train_expressions
 
-    finished: list[str] = []
-    with launched() as join, _finished_said(options.out, finished), contextlib.ExitStack() as stack:
-        settings = dotted.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
-        config = dotted.override(PRESETS[options.preset](), settings)
-        stack.enter_context(_shortage_said(config, options.out))
-        device = pick_device(options.device)
-        cohort = load_cohort(options.data_root, config.data)
-        parts = {name: cohort.only(name) for name in choose_expressions(cohort.manifest, options.expression)}
-        for expression, part in parts.items():
-            _check(config, part, expression)
-        if join(device).first:
-            _train_and_keep(options.out, config, parts, device, finished)
-        else:
-            for expression, part in parts.items():
-                for _ in _epochs(config, part, expression, device):
-                    pass
-                finished.append(expression)
+    settings = dotted.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
+    config = dotted.override(PRESETS[options.preset](), settings)
+    train_expressions(config, options.data_root, options.expression, options.device, options.out)
     return 0
-
-
-def _check(config: Config, part: Cohort, expression: str) -> None:
-    """Refuses an expression that cannot be trained or tested, and names it."""
-    from .data.dataset import ClipDataset
-    from .train import check_samples
-
-    try:
-        check_samples(config, part.store, part.train, part.validation)
-        ClipDataset(part.store, part.test, config, train=False)
-    except QafeError as err:
-        raise type(err)(f"{expression}: {err}") from err
-
-
-def _train_and_keep(
-    out: Path | None, config: Config, parts: Mapping[str, Cohort], device: torch.device, finished: list[str]
-) -> None:
-    """Trains and tests each expression; its model is kept from when it is trained, whatever comes after it."""
-    from .score import SUFFIX, Scorer
-    from .train import BEST_FILE
-
-    test: dict[str, float] = {}
-    history: History = {}
-    with _output_folder(out) as (beside, folder):
-        (beside / CONFIG_FILE).write_text(dotted.to_json(config))
-        for expression, part in parts.items():
-            entry = ExpressionHistory.start(part.validation)
-            result = None
-            for result in _epochs(config, part, expression, device):
-                entry.add(result)
-                print(
-                    f"{expression} epoch {result.epoch}/{config.train.epochs}: loss {result.train_loss:.4f}, "
-                    f"validation Spearman {result.metrics['spearman']:.3f} (best {result.best_spearman:.3f} in "
-                    f"epoch {result.best_epoch}), MAE {result.metrics['mae']:.3f}, {result.seconds:.1f} s",
-                    file=sys.stderr,
-                )
-            assert result is not None
-            history[expression] = entry
-            result.save(beside / _UNFINISHED)
-            write_history(beside, history)
-            folder.mkdir(exist_ok=True)
-            (beside / _UNFINISHED / BEST_FILE).rename(folder / (expression + SUFFIX))
-            (beside / HISTORY_FILE).rename(folder / HISTORY_FILE)
-            if not finished:
-                (beside / CONFIG_FILE).rename(folder / CONFIG_FILE)
-            finished.append(expression)
-            shutil.rmtree(beside / _UNFINISHED)
-            if part.test:
-                scores = Scorer(folder, device).score_samples(part.store, part.test)
-                test[expression] = metrics.spearman(scores, np.array([sample.score for sample in part.test]))
-    print(
-        _published_row(history, "validation", {name: entry.best.metrics["spearman"] for name, entry in history.items()})
-    )
-    print(_published_row(history, "test", test))
-
-
-@contextlib.contextmanager
-def _finished_said(out: Path | None, finished: Sequence[str]) -> Iterator[None]:
-    """What ends the block early says which expressions have been finished, and where their models are."""
-    from .score import SUFFIX
-
-    try:
-        yield
-    except BaseException as err:
-        # Of processes that train together the first one writes, and another one may be ahead of it.
-        kept = [name for name in finished if out is not None and (out / (name + SUFFIX)).is_file()]
-        if not kept:
-            raise
-        said = f"Finished, and kept in {out}: {', '.join(kept)}."
-        if isinstance(err, QafeError):
-            raise type(err)(f"{err} {said}") from err
-        if console.speaks():
-            print(said, file=sys.stderr)
-        raise
-
-
-@contextlib.contextmanager
-def _shortage_said(config: Config, out: Path | None) -> Iterator[None]:
-    """Says in one line what the block lacks: memory, room on the disk, or leave to read or write a file."""
-    from .device import out_of_memory
-
-    try:
-        yield
-    except OSError as err:
-        place = err.filename or out or tempfile.gettempdir()
-        raise ConfigError(
-            f"training must be able to read its data and to write its results, got {err.strerror or err} ({place}). "
-            "Make room there, or correct its permissions."
-        ) from err
-    except (RuntimeError, MemoryError) as err:
-        if not out_of_memory(err):
-            raise
-        batch, step = config.train.batch_size, config.train.batch_size * config.train.accumulate
-        ways = []
-        if batch > 1:
-            half = max(size for size in range(1, batch // 2 + 1) if step % size == 0)
-            ways.append(f"train.batch_size={half} and train.accumulate={step // half}")
-        if not config.train.checkpoint and not config.train.compile:
-            ways.append("train.checkpoint=true")
-        raise ConfigError(
-            f"a batch must fit into memory, and {batch} clip{'s' * (batch > 1)} at once do not (train.batch_size). "
-            f"Set {', or '.join(ways) or 'a smaller --preset'}."
-        ) from err
-
-
-def _epochs(config: Config, part: Cohort, expression: str, device: torch.device) -> Iterator[EpochResult]:
-    from .train import fit
-
-    try:
-        yield from fit(config, part.store, part.train, part.validation, device=device)
-    except FloatingPointError as err:
-        raise ConfigError(
-            f"the training loss must stay finite: {err} of {expression}, with train.lr={config.train.lr:g}. "
-            f"Set train.lr={config.train.lr / 10:g} or train.clip_norm=1."
-        ) from err
-
-
-def _published_row(history: History, split: str, spearman: dict[str, float]) -> str:
-    """A row of the paper's table: Spearman x 100 for each expression, then the mean."""
-    columns = [name for name in EXPRESSIONS if name in history] + [n for n in history if n not in EXPRESSIONS]
-    values = [f"{name} {100 * spearman[name]:.2f}" if name in spearman else f"{name} -" for name in columns]
-    mean = f"mean {100 * sum(spearman.values()) / len(spearman):.2f}" if spearman else "mean -"
-    return " | ".join([f"QAFE-Net ({split}, Spearman x 100)", *values, mean])
-
-
-@contextlib.contextmanager
-def _output_folder(wanted: Path | None) -> Iterator[tuple[Path, Path]]:
-    """A folder to write in, and on the same disk the wanted one, where what is whole is moved to.
-
-    The first goes away at the end. The second is not made before there is something to move; None: it is the first.
-    """
-    if wanted is None:
-        with tempfile.TemporaryDirectory() as name:
-            yield Path(name), Path(name)
-        return
-    wanted = wanted.absolute()
-    if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-        raise ConfigError(f"the output folder must be new or empty, got {wanted} (--out). Name another.")
-    # A folder that is there may be a mounted volume, and then nothing beside it is on the same disk.
-    place = wanted if wanted.is_dir() else wanted.parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=f".{wanted.name}.", dir=place)
-    except OSError as err:
-        raise _unwritable(wanted, err) from err
-    with beside as name:
-        yield Path(name), wanted
-
-
-def _unwritable(folder: Path, err: OSError) -> ConfigError:
-    return ConfigError(f"the folder must be one that can be written, got {folder} ({err.strerror}). Name another.")
 
 
 def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -440,7 +259,7 @@ def _cache(options: argparse.Namespace) -> int:
             clear_cache()
         videos, size = cache_size()
     except OSError as err:
-        raise _unwritable(folder, err) from err
+        raise console.unwritable(folder, err) from err
     print(f"{folder}: {videos} videos, {size / 2**30:.2f} GiB")
     return 0
 

@@ -10,8 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-from .errors import QafeError
+from .errors import ConfigError, QafeError
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -108,3 +109,8 @@ def _parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> ar
             if err.code:
                 let_others_speak()
             raise
+
+
+def unwritable(folder: Path, err: OSError) -> ConfigError:
+    """The error of an output folder that cannot be written."""
+    return ConfigError(f"the folder must be one that can be written, got {folder} ({err.strerror}). Name another.")

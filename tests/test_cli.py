@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from qafe import __main__ as command
+from qafe import training
 from qafe.__main__ import main
 from qafe.config import Config, tiny
 from qafe.data.cohort import Cohort, load_cohort
@@ -132,14 +132,14 @@ def test_a_finished_model_outlives_what_fails_after_it(
 def test_an_interrupt_says_what_is_finished(
     sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    epochs, out = command._epochs, tmp_path / "out"
+    epochs, out = training._epochs, tmp_path / "out"
 
     def interrupted(config: Config, part: Cohort, expression: str, device: torch.device) -> Iterator[EpochResult]:
         if expression == "frown":
             raise KeyboardInterrupt
         return epochs(config, part, expression, device)
 
-    monkeypatch.setattr(command, "_epochs", interrupted)
+    monkeypatch.setattr(training, "_epochs", interrupted)
     flags = ["--preset", "tiny", "--expression", "smile,frown", *QUICK_FLAGS, "--set", "train.epochs=1"]
     assert main(["train", "--data-root", str(sample_root), *flags, "--out", str(out)]) == 130
     assert capsys.readouterr().err.splitlines()[-2:] == [f"Finished, and kept in {out}: smile.", "interrupted"]
