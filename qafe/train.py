@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from .data.dataset import Clip, ClipBatch, ClipDataset, model_inputs
 from .data.loader import clip_loader, evaluation_loader, read_batches
 from .data.manifest import Sample
 from .device import amp_dtype, peak_memory_mb, pick_device, precision_name
-from .distributed import Ranks, Shares, gradients_summed, take_compile_cache
+from .distributed import Ranks, gradients_summed, take_compile_cache
 from .errors import CheckpointError, ManifestError, PrecisionError
 from .losses import BATCH_LOSSES, build_loss
 from .memory import freed_memory_kept, freed_memory_returned
@@ -89,6 +89,19 @@ class EpochResult:
 
     Of processes that train together the first one writes; in the others this does nothing."""
 
+    def numbers(self) -> dict[str, Any]:
+        """All but `save`, as ``torch.load`` may read it without trusting the file."""
+        found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "save"}
+        found["predictions"] = torch.from_numpy(self.predictions)
+        found["attention"] = {name: torch.from_numpy(read) for name, read in self.attention.items()}
+        return found
+
+    @classmethod
+    def of(cls, numbers: dict[str, Any], save: Save) -> EpochResult:
+        """The result whose `numbers` these are."""
+        read = {name: found.numpy() for name, found in numbers["attention"].items()}
+        return cls(**numbers | {"predictions": numbers["predictions"].numpy(), "attention": read}, save=save)
+
 
 def fit(
     config: Config,
@@ -98,6 +111,8 @@ def fit(
     *,
     device: torch.device | None = None,
     resume_from: Path | None = None,
+    heard: int | None = None,
+    between_steps: Callable[[Save], None] | None = None,
 ) -> Iterator[EpochResult]:
     """Trains one model for one expression: a generator that yields after each epoch.
 
@@ -106,7 +121,8 @@ def fit(
     Loader processes (``data.workers``) start with the first epoch and end with the generator.
 
     Every random draw of an epoch comes from ``(train.seed, epoch)``, so a run that resumes from the folder that
-    `EpochResult.save` wrote gives the same numbers as one that never stopped.
+    `EpochResult.save` wrote gives the same numbers as one that never stopped. So does one that resumes from the middle
+    of an epoch (``between_steps``).
 
     Where torch's default process group is initialised, its processes train one model, and each must call this with
     the same arguments but for its device, and ask for the same epochs. ``train.batch_size`` counts the clips of all
@@ -118,6 +134,9 @@ def fit(
         train, validation: samples of one expression; whole patients on one side each.
         resume_from: a folder that `EpochResult.save` wrote with the same config; a step's clips may lie in other
             batches (``train.batch_size`` x ``train.accumulate``).
+        heard: how many epochs' results the caller has; if the folder holds one more, it is given again first.
+        between_steps: called before each optimiser step with what saves this moment, as `EpochResult.save` does; it
+            ends the training by raising. For a process that trains alone.
     Raises:
         ManifestError: too few samples to train or to validate on.
         CheckpointError: the folder holds another run's state, or a damaged one.
@@ -126,10 +145,10 @@ def fit(
         FloatingPointError: (from the generator) the training loss is not finite.
     """
     _check_counts(train, validation)
-    run = _Run(config, store, train, validation, device or pick_device())
+    run = _Run(config, store, train, validation, device or pick_device(), between_steps)
     if resume_from is not None:
         run.restore(resume_from)
-    return run.epochs()
+    return run.epochs(heard)
 
 
 def check_samples(config: Config, store: Store, train: Sequence[Sample], validation: Sequence[Sample]) -> None:
@@ -157,6 +176,15 @@ def _scores(samples: Sequence[Sample]) -> Tensor:
     return torch.tensor([sample.score for sample in samples], dtype=torch.float32)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """How far the training of an epoch has come: optimiser steps, the sum of their losses, and torch's generators."""
+
+    steps: int
+    loss: Tensor
+    random: tuple[Tensor, Tensor | None]
+
+
 class _Run:
     """The state of one training: what a checkpoint holds, and how an epoch changes it."""
 
@@ -167,10 +195,13 @@ class _Run:
         train: Sequence[Sample],
         validation: Sequence[Sample],
         device: torch.device,
+        between_steps: Callable[[Save], None] | None = None,
     ) -> None:
         self.config = config
         self.device = device
+        self.between_steps = between_steps
         self.ranks = Ranks.current()
+        assert self.ranks.world == 1 or between_steps is None  # the others' generators would be lost
         self.train_set = ClipDataset(store, train, config, train=True)
         self.validation_set = ClipDataset(store, validation, config, train=False)
         self.target = np.array([sample.score for sample in validation], dtype=np.float64)
@@ -201,8 +232,12 @@ class _Run:
         self.best_epoch = 0
         self.best_key = (-np.inf, -np.inf)
         self.best = self.model
+        self.result: EpochResult | None = None
+        self.part: _Part | None = None  # of the epoch that has begun, if one has
 
-    def epochs(self) -> Iterator[EpochResult]:
+    def epochs(self, heard: int | None = None) -> Iterator[EpochResult]:
+        if heard is not None and self.result is not None and self.result.epoch > heard:
+            yield self.result
         # The loaders belong to this generator alone: an `EpochResult` that is kept must not keep their workers.
         batches: list[list[int]] = []
         training = clip_loader(self.train_set, batches, self.config, self.device, self.ranks)
@@ -225,7 +260,7 @@ class _Run:
             batches[:] = epoch_batches(len(self.train_set), self.config.train.batch_size)
             if not self.ranks.first:
                 torch.manual_seed(_seed(self.config.train.seed, self.epoch, self.ranks.rank))
-            train_loss = self._train_epoch(training)
+            train_loss = self._train_epoch(training, batches)
         trained = time.perf_counter()
         self.ranks.spread_buffers(self.model)
         with attention_read(self.model.fusion) as read:
@@ -238,7 +273,7 @@ class _Run:
         if key > self.best_key:
             self.best_key, self.best_epoch = key, self.epoch
             self.best = copy.deepcopy(self.model).cpu()
-        return EpochResult(
+        self.result = EpochResult(
             epoch=self.epoch,
             train_loss=train_loss,
             lr=lr,
@@ -249,28 +284,36 @@ class _Run:
             best_spearman=self.best_key[0],
             seconds=time.perf_counter() - started,
             evaluation_s=evaluated - trained,
-            clips_per_s=len(self.train_set) / (trained - started),
+            clips_per_s=sum(len(batch) for batch in batches) / (trained - started),
             peak_memory_mb=peak_memory_mb(self.device),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             save=self.save,
         )
+        return self.result
 
-    def _train_epoch(self, loader: DataLoader[Clip]) -> float:
+    def _train_epoch(self, loader: DataLoader[Clip], drawn: list[list[int]]) -> float:
+        """Trains on the batches that were drawn, which the loader reads; of a resumed epoch on those that are left."""
         self.model.train()
         self.train_set.set_epoch(self.epoch)
-        assert isinstance(loader.batch_sampler, Shares)
-        sizes = [len(batch) for batch in loader.batch_sampler.whole]
-        shares = zip(read_batches(loader), sizes, strict=True)
-        batches = (dataclasses.replace(share, whole=size) for share, size in shares)
-        steps = step_sizes(sizes, self.config.train.accumulate)
-        total = torch.zeros((), device=self.device)
-        for count in steps:
+        steps = step_sizes([len(batch) for batch in drawn], self.config.train.accumulate)
+        total, done = torch.zeros((), device=self.device), 0
+        if self.part is not None:
+            total, done = total + self.part.loss.to(self.device), self.part.steps
+            _set_random_state(self.part.random, self.device)
+            del drawn[: sum(steps[:done])]
+        shares = zip(read_batches(loader), drawn, strict=True)
+        batches = (dataclasses.replace(share, whole=len(batch)) for share, batch in shares)
+        for step, count in enumerate(steps[done:], start=done):
+            if self.between_steps is not None:
+                self.part = _Part(steps=step, loss=total, random=_random_state(self.device))
+                self.between_steps(self.save)
             several = count > 1 and self.config.train.loss in BATCH_LOSSES
             backward = self._backward_as_one if several else self._backward_each
             total += backward(list(itertools.islice(batches, count)))
             self._step()
         rest = list(batches)  # A loader ends its pass only when it is asked for more.
         assert not rest
+        self.part = None
         self.schedule.step()
         mean_loss = float(total) / len(steps)
         if not np.isfinite(mean_loss):
@@ -337,7 +380,9 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "config": dotted.to_json(self.config),
-            "epoch": self.epoch,
+            "epoch": self.epoch if self.part is None else self.epoch - 1,
+            "part": self.part and dataclasses.asdict(self.part),
+            "result": self.result and self.result.numbers(),
             "best_epoch": self.best_epoch,
             "best_key": [float(value) for value in self.best_key],
             "model": self.model.state_dict(),
@@ -378,6 +423,10 @@ class _Run:
         self.best, _, _ = weights.load(folder / BEST_FILE)
         self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
         self.best_key = tuple(state["best_key"])
+        if part := state.get("part"):  # Older states have none, nor a result.
+            self.part = _Part(**part)
+        if numbers := state.get("result"):
+            self.result = EpochResult.of(numbers, self.save)
         self.model.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -108,6 +108,11 @@ class TrackTrials(Callback):
             by_hand = number in self.searcher.stopped_by_hand
             self._end(trial, "pruned", BY_HAND if by_hand else f"stopped early after epoch {result.get('epoch', 0)}")
 
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial lost its worker; one that was asked to leave is no failure."""
+        if checkpoints.preempted(self.folder, trial.config["number"]).is_dir():
+            trial.run_metadata.num_failures = 0
+
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good."""
         error = trial.get_error()
@@ -338,8 +343,12 @@ class TellPeople(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Says that a trial lost its worker and goes on."""
-        epoch = trial.last_result.get("epoch", 0) if trial.last_result else 0
-        say(f"trial {trial.config['number']} lost its worker; it goes on after epoch {epoch}")
+        number, plan = trial.config["number"], self.pace.plan
+        epoch = max(trial.last_result.get("epoch", 0) if trial.last_result else 0, trial.config["epochs"])
+        if checkpoints.begun_epoch(Path(plan.folder), number, after=epoch):
+            say(f"trial {number}: its worker was asked to leave; it goes on in the middle of epoch {epoch + 1}")
+        else:
+            say(f"trial {number} lost its worker; it goes on after epoch {epoch}")
 
     def _say(self, trial: Trial, what: str) -> None:
         now = self.pace.progress()

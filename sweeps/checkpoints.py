@@ -4,6 +4,7 @@
 <sweep>/trial_007/checkpoint_000004/     the fifth that the trial's first driver saw
 <sweep>/trial_007.1/checkpoint_000000/   the first after a resume
     checkpoint.json                      its epoch, and the digest of every other file
+<sweep>/preempted/trial_007/             what its worker had of the epoch behind that, when it was asked to leave
 ```
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 from qafe.train import BEST_FILE, STATE_FILE
 
 SEAL_FILE = "checkpoint.json"
+PREEMPTED = "preempted"
 
 
 def trial_name(number: int, attempt: int) -> str:
@@ -74,6 +76,23 @@ def last(sweep_folder: Path, number: int) -> Path | None:
     return next((folder for folder in folders(sweep_folder, number) if (folder / SEAL_FILE).is_file()), None)
 
 
+def preempted(sweep_folder: Path, number: int) -> Path:
+    """Where a trial keeps the beginning of an epoch."""
+    return sweep_folder / PREEMPTED / trial_name(number, 0)
+
+
+def begun_epoch(sweep_folder: Path, number: int, *, after: int) -> Path | None:
+    """The beginning of the epoch that follows so many, if a worker has left one and it is whole."""
+    folder = preempted(sweep_folder, number)
+    found = read_seal(folder)
+    return folder if found is not None and found["epoch"] == after else None
+
+
+def drop_begun_epoch(sweep_folder: Path, number: int) -> None:
+    """Forgets the beginning of an epoch; there may be none."""
+    shutil.rmtree(preempted(sweep_folder, number), ignore_errors=True)
+
+
 def drop_old(sweep_folder: Path, number: int, keep: int) -> None:
     """Deletes all but a trial's newest checkpoints."""
     for folder in list(folders(sweep_folder, number))[keep:]:
@@ -83,6 +102,7 @@ def drop_old(sweep_folder: Path, number: int, keep: int) -> None:
 def thin(sweep_folder: Path, number: int, *, keep_best: bool) -> None:
     """Deletes what an ended trial does not need: all but its last checkpoint, and of that all but the best weights;
     without ``keep_best`` those, too. Its history stays."""
+    drop_begun_epoch(sweep_folder, number)
     kept = last(sweep_folder, number)
     for folder in list(folders(sweep_folder, number)):
         if folder != kept:

@@ -34,6 +34,7 @@ from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
 from .live import LiveView
 from .notify import Outcome, notified
 from .plan import STUDY_FOLDER, Plan, study_tags, sweep_params
+from .preemption import preemptible
 from .provenance import source_tags, sweep_tags, write_diff
 from .refresh import RefreshReport
 from .results import OBJECTIVE
@@ -267,7 +268,7 @@ def _tune(
     main_thread = threading.current_thread() is threading.main_thread()
     try:
         tune.run(
-            tune.with_parameters(train_trial, plan=trial_plan),
+            preemptible(tune.with_parameters(train_trial, plan=trial_plan)),
             name=plan.name,
             storage_path=str(Path(plan.folder).parent),
             num_samples=-1,  # the searcher knows when there are enough

@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -42,11 +42,12 @@ from qafe.device import out_of_memory
 from qafe.errors import ManifestError, MediaError, PrecisionError, QafeError
 from qafe.history import ExpressionHistory, History, read_history, write_history
 from qafe.store import Store
-from qafe.train import EpochResult, fit
+from qafe.train import EpochResult, Save, fit
 
-from .checkpoints import newest, seal
+from .checkpoints import begun_epoch, drop_begun_epoch, newest, preempted, seal
 from .control import FULL, Control
 from .monitor import monitor
+from .preemption import PREEMPTION
 from .results import DIVERGED, FAILED_AS, FINISHED, NO_SKILL, OBJECTIVE
 from .room import fitting, room_bytes, side_by_side, surely_fits, with_half_the_batch
 from .study import REASON
@@ -86,7 +87,8 @@ class TrialPlan:
 def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
     """Trains one model for each expression, epoch by epoch side by side, and reports after each epoch.
 
-    A trial that was interrupted goes on from its last intact checkpoint; where ``train.precision=auto`` means another
+    A trial that was interrupted goes on from its last intact checkpoint, or from the middle of the epoch behind it if
+    its worker was asked to leave there; where ``train.precision=auto`` means another
     one than before, it begins anew.
     """
     torch.set_num_threads(plan.threads)
@@ -153,24 +155,36 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
     cohort = split_cohort(*_dataset(plan.data_root), config.data)
     device = trial_device(plan.gpus)
     history: History = {}
+    sweep_folder, number = Path(plan.folder), parameters["number"]
     known = tune.get_checkpoint()
-    resume_from = newest(
-        Path(plan.folder),
-        parameters["number"],
+    whole = newest(
+        sweep_folder,
+        number,
         epochs=parameters["epochs"],
         whole=config.train.epochs,
         known=known and Path(known.path),
     )
-    if resume_from is not None:
-        history = read_history(resume_from)
-        held = dotted.from_json((resume_from / CONFIG_FILE).read_text())
+    if whole is not None:
+        history = read_history(whole)
+    done = len(history[plan.expressions[0]].epochs) if history else 0
+    begun = begun_epoch(sweep_folder, number, after=done)
+    left = [folder for folder in (begun, whole) if folder is not None]
+    if left:
+        held = dotted.from_json((left[0] / CONFIG_FILE).read_text())
         if held.train.batch_size < config.train.batch_size:  # memory ran out before
             config = dotted.override(
                 config, {"train.batch_size": held.train.batch_size, "train.accumulate": held.train.accumulate}
             )
     parts = {expression: cohort.only(expression) for expression in plan.expressions}
 
-    def begun(checkpoint: Path | None) -> dict[str, Iterator[EpochResult]]:
+    saves: dict[str, Save] = {}
+
+    def heed(expression: str, save: Save) -> None:
+        saves[expression] = save
+        if PREEMPTION.asked:
+            _leave(config, history, saves, sweep_folder, number)
+
+    def started(left: list[Path], done: int) -> dict[str, Iterator[EpochResult]]:
         return {
             expression: fit(
                 config,
@@ -178,23 +192,30 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
                 part.train,
                 part.validation,
                 device=device,
-                resume_from=checkpoint / expression if checkpoint else None,
+                # One that had not begun the epoch is where the epoch before left it.
+                resume_from=next((folder / expression for folder in left if (folder / expression).is_dir()), None),
+                heard=done,
+                between_steps=functools.partial(heed, expression),
             )
             for expression, part in parts.items()
         }
 
     try:
-        runs = begun(resume_from)
+        runs = started(left, done)
     except PrecisionError:  # another kind of GPU: half of each would be neither's result
-        history, runs = {}, begun(None)
+        history, done, runs = {}, 0, started([], 0)
     for expression, part in parts.items():
         history.setdefault(expression, ExpressionHistory.start(part.validation))
-    done = len(history[plan.expressions[0]].epochs)
     for _ in range(done, config.train.epochs):
-        results = {expression: next(run) for expression, run in runs.items()}
+        results: dict[str, EpochResult] = {}
+        saves.clear()
+        with PREEMPTION.heeded():
+            for expression, run in runs.items():
+                results[expression] = next(run)
+                heed(expression, results[expression].save)
         for expression, result in results.items():
             history[expression].add(result)
-        _keep(config, history, results, plan, parameters["number"])
+        _keep(config, history, results, plan, number)
 
 
 @functools.cache
@@ -203,6 +224,22 @@ def _dataset(root: str) -> tuple[Store, Manifest]:
     second."""
     store = Store(root)
     return store, read_manifest(store)
+
+
+def _leave(config: Config, history: History, saves: dict[str, Save], sweep_folder: Path, number: int) -> NoReturn:
+    """Keeps an epoch's beginning, and ends this process. Where that fails, the epoch is trained again."""
+    with contextlib.suppress(OSError, QafeError):
+        place = preempted(sweep_folder, number)
+        unfinished = place.with_name(place.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        (unfinished / CONFIG_FILE).write_text(dotted.to_json(config))
+        for expression, save in saves.items():
+            save(unfinished / expression)
+        seal(unfinished, len(next(iter(history.values())).epochs))
+        drop_begun_epoch(sweep_folder, number)
+        unfinished.rename(place)
+    PREEMPTION.leave()
 
 
 def _keep(config: Config, history: History, results: dict[str, EpochResult], plan: TrialPlan, number: int) -> None:
@@ -226,6 +263,7 @@ def _keep(config: Config, history: History, results: dict[str, EpochResult], pla
                         checkpoint=tune.Checkpoint.from_directory(folder),
                     )
                     control.withdraw(full)
+                    drop_begun_epoch(sweep_folder, number)
                     return
         except OSError as err:
             if err.errno not in (errno.ENOSPC, errno.EDQUOT):

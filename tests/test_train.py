@@ -2,7 +2,9 @@ import copy
 import math
 import multiprocessing
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from qafe.train import (
     BEST_FILE,
     STATE_FILE,
     EpochResult,
+    Save,
     _Run,
     _seeded,
     epoch_batches,
@@ -108,6 +111,76 @@ def test_a_resumed_run_gives_the_numbers_of_one_that_never_stopped(
     theirs, _, _ = weights.load(tmp_path / "3" / BEST_FILE)
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
     assert rest[-1].best_epoch == whole[-1].best_epoch
+
+
+class Asked(Exception):
+    """Somebody wants the machine back."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model.fusion.dropout": 0.2, "model.fusion.drop_path": 0.1},
+        {"train.batch_size": 2, "train.accumulate": 2, "model.fusion.dropout": 0.2, "train.schedule": "step"},
+        {"model.fusion.dropout": 0.2, "data.workers": 1, "train.train_noise_sigma": True, "train.loss": "bmc"},
+    ],
+    ids=["dropout", "accumulate", "workers"],
+)
+def test_a_run_that_is_interrupted_before_any_step_goes_on_with_the_same_numbers(
+    quick: Config, smile: Cohort, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    config = override(quick, settings)
+    moments: list[int] = []
+
+    def note(save: Save) -> None:
+        save(tmp_path / str(len(moments)))
+        moments.append(len(moments))
+
+    def leave(save: Save) -> None:
+        save(tmp_path / "left")
+        raise Asked
+
+    def run(**more: Any) -> Iterator[EpochResult]:
+        return fit(config, smile.store, smile.train, smile.validation, device=torch.device("cpu"), **more)
+
+    whole = list(run(between_steps=note))
+    steps = len(moments) // config.train.epochs
+    assert steps > 2
+    for moment in moments:
+        with pytest.raises(Asked):
+            next(run(resume_from=tmp_path / str(moment), between_steps=leave))
+        torch.rand(7)
+        rest = list(run(resume_from=tmp_path / "left"))
+        assert [r.epoch for r in rest] == [r.epoch for r in whole[moment // steps :]]
+        for ours, theirs in zip(rest, whole[moment // steps :], strict=True):
+            assert (ours.train_loss, ours.lr, ours.metrics) == (theirs.train_loss, theirs.lr, theirs.metrics)
+            assert (ours.best_epoch, ours.best_spearman) == (theirs.best_epoch, theirs.best_spearman)
+
+
+def test_a_result_that_was_not_heard_is_given_again(quick: Config, smile: Cohort, tmp_path: Path) -> None:
+    def run(heard: int | None = None, resume_from: Path | None = None) -> Iterator[EpochResult]:
+        return fit(
+            quick,
+            smile.store,
+            smile.train,
+            smile.validation,
+            device=torch.device("cpu"),
+            resume_from=resume_from,
+            heard=heard,
+        )
+
+    first = run()
+    known = next(first)
+    known.save(tmp_path)
+    rest = list(first)
+    assert [r.epoch for r in run(1, tmp_path)] == [r.epoch for r in run(None, tmp_path)] == [2, 3]
+    again = list(run(0, tmp_path))
+    assert [(r.epoch, r.train_loss) for r in again] == [(r.epoch, r.train_loss) for r in [known, *rest]]
+    assert again[0].metrics == known.metrics
+    np.testing.assert_array_equal(again[0].predictions, known.predictions)
+    assert again[0].attention.keys() == known.attention.keys()
+    for name, read in known.attention.items():
+        np.testing.assert_array_equal(again[0].attention[name], read)
 
 
 def test_workers_change_nothing_and_live_as_long_as_the_run(quick: Config, smile: Cohort) -> None:
@@ -387,7 +460,7 @@ def gradients_of_an_epoch(run: _Run, monkeypatch: pytest.MonkeyPatch) -> tuple[l
             norm.training = False
     torch.manual_seed(3)
     batches = epoch_batches(len(run.train_set), run.config.train.batch_size)
-    loss = run._train_epoch(clip_loader(run.train_set, batches, run.config, run.device))
+    loss = run._train_epoch(clip_loader(run.train_set, batches, run.config, run.device), batches)
     return steps, loss
 
 
@@ -428,7 +501,7 @@ def test_both_passes_draw_the_same_dropout_and_statistics_count_once(
     monkeypatch.setattr(run, "_predict", spy)
     with _seeded(0, 1, run.device):
         batches = epoch_batches(len(run.train_set), 4)
-        run._train_epoch(clip_loader(run.train_set, batches, run.config, run.device))
+        run._train_epoch(clip_loader(run.train_set, batches, run.config, run.device), batches)
         drawn = torch.rand(1)
     assert len(seen) == 4
     assert torch.equal(seen[0], seen[2])
@@ -440,7 +513,7 @@ def test_both_passes_draw_the_same_dropout_and_statistics_count_once(
         batches = epoch_batches(len(run.train_set), 4)
         monkeypatch.setattr(twin, "_step", lambda: None)
         monkeypatch.setattr(twin.schedule, "step", lambda: None)
-        twin._train_epoch(clip_loader(twin.train_set, batches, twin.config, twin.device))
+        twin._train_epoch(clip_loader(twin.train_set, batches, twin.config, twin.device), batches)
         assert torch.equal(drawn, torch.rand(1)), "the second pass leaves the generator where the first did"
     ours, theirs = dict(run.model.named_buffers()), dict(twin.model.named_buffers())
     assert all(torch.equal(ours[name], theirs[name]) for name in ours), "statistics of one pass over the same clips"

@@ -87,7 +87,7 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if "".join(child.cmdline()[:1]).startswith("ray::ImplicitFunc"):
+            if "".join(child.cmdline()[:1]).startswith("ray::QafeTrial"):
                 found.append(child)
         except psutil.Error:
             continue

@@ -142,11 +142,18 @@ def test_kill_9_of_a_trial_worker(sweep: Sweep) -> None:
         as_if_undisturbed(sweep, trial)
 
 
-def test_sigterm_to_a_trial_worker(sweep: Sweep) -> None:
+def test_sigterm_to_a_trial_worker(sweep: Sweep, faults: Path) -> None:
     process = sweep.start()
     sweep.wait_for_epoch(4)
-    workers_of(process)[0].terminate()
+    (faults / "slow").write_text("3")  # so that it comes between two steps
+    time.sleep(3)
+    for worker in workers_of(process):
+        worker.terminate()
+    sweep.wait_for("asked to leave.*\n(.*\n)*.*asked to leave")
+    (faults / "slow").unlink()
     finish(process, sweep)
+    assert "it goes on in the middle of epoch" in sweep.text
+    assert not list((sweep.storage / "s-1" / checkpoints.PREEMPTED).iterdir())
     for trial in everything_agrees(sweep):
         as_if_undisturbed(sweep, trial)
 

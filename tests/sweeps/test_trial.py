@@ -1,5 +1,6 @@
 """sweeps/trial.py: what goes wrong in a trial gets its class and one line."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from qafe.config import Config
 from qafe.errors import CheckpointError, ConfigError, ManifestError
 from qafe.train import STATE_FILE
 from sweeps import trial
-from sweeps.checkpoints import seal
+from sweeps.checkpoints import preempted, seal
 from sweeps.results import FAILED_AS
 from sweeps.study import REASON
 from sweeps.trial import DATA, ERROR, MEMORY, REFUSED, TrialPlan, train_trial
@@ -86,3 +87,65 @@ def test_a_trial_begins_anew_on_another_kind_of_gpu(
     train_trial({"settings": {}, "number": 0, "epochs": 1}, plan)
     assert [row["epoch"] for row in told] == [1, 2, 2, 1, 2], "begins anew"
     assert told[4]["best_spearman"] == told[2]["best_spearman"] == told[1]["best_spearman"]
+
+
+class Left(BaseException):
+    """The worker's process is gone."""
+
+
+class Asking:
+    """A `Preemption` that asks at its nth look."""
+
+    def __init__(self, nth: int = 0) -> None:
+        self.nth, self.looks = nth, 0
+        self.heeded = contextlib.nullcontext
+
+    @property
+    def asked(self) -> bool:
+        self.looks += 1
+        return self.looks == self.nth
+
+    def leave(self) -> None:
+        raise Left
+
+
+def test_a_preempted_trial_goes_on_in_the_middle_of_its_epoch(
+    quick: Config, sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    folder = tmp_path
+
+    def report(result: dict[str, Any], checkpoint: Any) -> None:
+        told.append({name: result[name] for name in ("epoch", "best_spearman", "mae", "train_loss", "lr", "best_mae")})
+        shutil.copytree(checkpoint.path, folder / "trial_000" / f"checkpoint_{len(told):06d}")
+
+    def train(asking: Asking) -> None:
+        monkeypatch.setattr(trial, "PREEMPTION", asking)
+        folder.mkdir(exist_ok=True)
+        plan = TrialPlan(
+            base_json=dotted.to_json(config), data_root=str(sample_root), expressions=("smile", "frown"), threads=1,
+            gpus=0, folder=str(folder), trials=1, cpus=1, baseline_bytes=0,
+        )  # fmt: skip
+        train_trial({"settings": {}, "number": 0, "epochs": len(told)}, plan)
+
+    monkeypatch.setattr(trial.tune, "report", report)
+    monkeypatch.setattr(trial.tune, "get_checkpoint", lambda: None)
+    config = dotted.override(quick, {"train.epochs": 2, "model.fusion.dropout": 0.2})
+    folder = tmp_path / "undisturbed"
+    through = Asking()
+    train(through)
+    undisturbed = list(told)
+    looks = through.looks // 4  # two expressions in two epochs: before each step, and behind the last one
+    assert looks > 2
+    for number, nth in enumerate((1, 2, looks, looks + 1, looks + 2, 2 * looks, 2 * looks + 2, 4 * looks - 1)):
+        told.clear()
+        folder = tmp_path / str(number)
+        with pytest.raises(Left):
+            train(Asking(nth))
+        assert len(told) == (nth - 1) // (2 * looks)
+        again = Asking()
+        train(again)
+        assert told == undisturbed
+        second = (nth - 1) // looks % 2  # the first expression's result is only given again
+        assert again.looks == 4 * looks - (nth - 1) + second, "only the rest is trained"
+        assert not preempted(folder, 0).exists()

@@ -2,7 +2,7 @@
 
 Each file in the folder ``$FAULTS`` is one fault. ``clock`` holds seconds by which the wall clock is wrong. ``nan`` is
 taken by the first training that ends its second epoch: its weights are spoilt. ``memory`` holds the largest batch that
-fits.
+fits. ``slow`` holds how many seconds each optimiser step takes more.
 """
 
 import importlib.abc
@@ -29,7 +29,7 @@ time.time = _wrong_time
 def _spoil(train) -> None:
     train_epoch = train._Run._train_epoch
 
-    def faulty(run, loader):
+    def faulty(run, *batches):
         import torch
 
         limit = FOLDER / "memory"
@@ -43,9 +43,17 @@ def _spoil(train) -> None:
             else:
                 with torch.no_grad():
                     next(run.model.parameters()).fill_(float("nan"))
-        return train_epoch(run, loader)
+        return train_epoch(run, *batches)
 
     train._Run._train_epoch = faulty
+    take_step = train._Run._step
+
+    def slow(run):
+        take_step(run)
+        wait = FOLDER / "slow"
+        time.sleep(float(wait.read_text()) if wait.exists() else 0)
+
+    train._Run._step = slow
 
 
 class _Finder(importlib.abc.MetaPathFinder):

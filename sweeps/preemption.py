@@ -1,0 +1,84 @@
+"""SIGTERM to a trial's worker: its machine is wanted back.
+
+A worker that trains hears of it between two steps, keeps what it has of the epoch, and ends; Ray Tune starts the trial
+again, here or elsewhere. One that does not train has nothing to keep, and ends at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from ray.tune import Trainable
+from ray.tune.trainable import wrap_function
+
+EXIT_STATUS = 128 + signal.SIGTERM
+
+
+class Preemption:
+    """Whether this process is asked to leave.
+
+    Attributes:
+        asked: it is, and has a training to keep first.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._trains = False
+
+    def listen(self) -> None:
+        """Hears SIGTERM from now on. In the main thread, for Python sets handlers nowhere else."""
+        leave = signal.getsignal(signal.SIGTERM)  # Ray's own, which ends the process in order
+
+        def hear(number: int, frame: Any) -> None:
+            if self._trains:
+                self.asked = True
+            elif callable(leave):
+                leave(number, frame)
+            else:
+                self.leave()
+
+        signal.signal(signal.SIGTERM, hear)
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """The block trains: it looks at ``asked`` and leaves by itself; what it raises then is of no account."""
+        self._trains = True
+        try:
+            yield
+        except Exception:  # SIGTERM to all of a machine's processes ends those that read clips, too
+            if self.asked:
+                self.leave()
+            raise
+        finally:
+            self._trains = False
+        if self.asked:
+            self.leave()
+
+    @staticmethod
+    def leave() -> NoReturn:
+        """Ends the process from any thread."""
+        os._exit(EXIT_STATUS)
+
+
+PREEMPTION = Preemption()
+"""Of this process, as signals are."""
+
+
+def preemptible(train: Callable[[dict[str, Any]], None]) -> type[Trainable]:
+    """A function that Ray Tune can run, whose worker heeds SIGTERM."""
+
+    class QafeTrial(wrap_function(train)):  # type: ignore[misc]
+        """Ray makes it in the worker's main thread, and calls the function in another."""
+
+        def setup(self, config: dict[str, Any]) -> None:
+            # By name: the class is copied to the worker, and a copy of its `PREEMPTION` would be another one.
+            from sweeps.preemption import PREEMPTION
+
+            PREEMPTION.listen()
+            super().setup(config)
+
+    return QafeTrial
