@@ -6,7 +6,6 @@ import dataclasses
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -20,22 +19,20 @@ from tracking.privacy import without_messages, without_paths
 from tracking.pseudonyms import load_key, pseudonym
 from tracking.runs import SweepTracker, TrialState
 
-from . import checkpoints
 from .control import Control
 from .plan import Plan
 from .progress import PACE, Pace, Progress, duration, progress_of
 from .provenance import trial_tags
 from .results import DIVERGED, FAILED_AS, FINISHED, OBJECTIVE
 from .searcher import Closing, Pause, StudySearcher
+from .storage import Storage
 from .study import BY_HAND, REASON, own_trials, pareto_set
-from .trial import DATA, ROOM_POLL_S, TRACEBACK, has_room
+from .trial import DATA, ROOM_POLL_S, RUNNING_CHECKPOINTS, TRACEBACK, has_room
 
 TRACKED = ("spearman", "pearson", "mae", "train_loss", "lr", "epoch_s", "clips_per_s", "peak_memory_mb", OBJECTIVE)
 TRACKED_GROUPS = ("spearman_", "system/")
 RUN_PATIENCE_S = 1.0
 """How long a trial's start waits for its run: as a rule it is there in a tenth of that."""
-RUNNING_CHECKPOINTS = 2
-"""Of a running trial: the last, and the one before it should the last be damaged."""
 
 
 def say(text: str) -> None:
@@ -43,19 +40,31 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def epochs_of(trial: Trial) -> int:
+    """How many epochs the driver has heard of."""
+    told = trial.last_result.get("epoch", 0) if trial.last_result else 0
+    return int(max(told, trial.config["epochs"]))
+
+
 class TrackTrials(Callback):
     """Hands every trial's start, epochs and end to the tracker, which never makes the sweep wait."""
 
     def __init__(
-        self, tracker: SweepTracker, plan: Plan, cohort: Cohort, searcher: StudySearcher, control: Control
+        self,
+        tracker: SweepTracker,
+        plan: Plan,
+        cohort: Cohort,
+        searcher: StudySearcher,
+        control: Control,
+        storage: Storage,
     ) -> None:
         self.tracker = tracker
         self.plan = plan
         self.cohort = cohort
         self.base = dotted.from_json(plan.config_json)
-        self.folder = Path(plan.folder)
         self.searcher = searcher
         self.control = control
+        self.storage = storage
         self._batch: dict[int, int] = {}
         self._workers: dict[int, str] = {}
 
@@ -109,9 +118,14 @@ class TrackTrials(Callback):
             self._end(trial, "pruned", BY_HAND if by_hand else f"stopped early after epoch {result.get('epoch', 0)}")
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial lost its worker; one that was asked to leave is no failure."""
-        if checkpoints.preempted(self.folder, trial.config["number"]).is_dir():
+        """A trial lost its worker; that it was asked to leave is no failure."""
+        number, epoch = trial.config["number"], epochs_of(trial)
+        begun = self.storage.has_begun(number, after=epoch)
+        if begun:
             trial.run_metadata.num_failures = 0
+            say(f"trial {number}: its worker was asked to leave; it goes on in the middle of epoch {epoch + 1}")
+        else:
+            say(f"trial {number} lost its worker; it goes on after epoch {epoch}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good."""
@@ -128,7 +142,7 @@ class TrackTrials(Callback):
 
     def _end(self, trial: Trial, state: TrialState, reason: str, trace: str = "") -> None:
         number = trial.config["number"]
-        folder = checkpoints.last(self.folder, number)
+        folder = self.storage.last(number)
         self.tracker.trial_ended(
             str(number),
             state,
@@ -142,9 +156,9 @@ class KeepCheckpoints(Callback):
     """Deletes checkpoints as the sweep goes: old ones of running trials, and the weights of all but the best ended
     ones, once the tracker has sent what it makes of them."""
 
-    def __init__(self, tracker: SweepTracker, plan: Plan, study: optuna.Study) -> None:
+    def __init__(self, tracker: SweepTracker, plan: Plan, study: optuna.Study, storage: Storage) -> None:
         self.tracker = tracker
-        self.folder = Path(plan.folder)
+        self.storage = storage
         self.kept = plan.keep_checkpoints
         self.study = study
         self._thinned: dict[int, bool] = {}
@@ -154,12 +168,13 @@ class KeepCheckpoints(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """A running trial has a new checkpoint; its worker waits, so nothing is deleted yet."""
-        self._grown.add(trial.config["number"])
+        if not self.storage.bucket:  # there the worker does it
+            self._grown.add(trial.config["number"])
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """The worker has been told to go on."""
         while self._grown:
-            checkpoints.drop_old(self.folder, self._grown.pop(), RUNNING_CHECKPOINTS)
+            self.storage.drop_old(self._grown.pop(), RUNNING_CHECKPOINTS)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has ended: there may be a new best."""
@@ -187,8 +202,8 @@ class KeepCheckpoints(Callback):
         sent = self.tracker.ended_trials()
         for rank, trial in enumerate(best):
             keep_best = rank < self.kept
-            if str(trial.number) in sent and self._thinned.get(trial.number) != keep_best:
-                checkpoints.thin(self.folder, trial.number, keep_best=keep_best)
+            changed = str(trial.number) in sent and self._thinned.get(trial.number) != keep_best
+            if changed and self.storage.thin(trial.number, keep_best=keep_best):
                 self._thinned[trial.number] = keep_best
 
 
@@ -340,15 +355,6 @@ class TellPeople(Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Says what went wrong."""
         self._say(trial, f"failed (lost): {str(trial.get_error()).strip().splitlines()[-1]}")
-
-    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Says that a trial lost its worker and goes on."""
-        number, plan = trial.config["number"], self.pace.plan
-        epoch = max(trial.last_result.get("epoch", 0) if trial.last_result else 0, trial.config["epochs"])
-        if checkpoints.begun_epoch(Path(plan.folder), number, after=epoch):
-            say(f"trial {number}: its worker was asked to leave; it goes on in the middle of epoch {epoch + 1}")
-        else:
-            say(f"trial {number} lost its worker; it goes on after epoch {epoch}")
 
     def _say(self, trial: Trial, what: str) -> None:
         now = self.pace.progress()

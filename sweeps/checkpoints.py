@@ -10,10 +10,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,22 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
     return found if whole else None
 
 
-def newest(sweep_folder: Path, number: int, *, epochs: int, whole: int, known: Path | None = None) -> Path | None:
+def newest(found: Iterable[Path], *, epochs: int, whole: int, known: Path | None = None) -> Path | None:
     """A trial's newest intact checkpoint that the driver knows of; a damaged one is passed over.
 
     What the driver has not heard of is computed again, and told this time. So is the last epoch: a trial with nothing
     left to tell could not end.
 
     Args:
+        found: all of them, newest first.
         epochs: how many the study has heard of.
         whole: how many a whole trial has.
         known: the last checkpoint that a living driver has.
     """
-    for folder in folders(sweep_folder, number):
+    for folder in found:
         heard = known is not None and folder.parent.name == known.parent.name and folder.name <= known.name
-        found = read_seal(folder)
-        if found is not None and found["epoch"] < whole and (heard or found["epoch"] <= epochs):
+        seal = read_seal(folder)
+        if seal is not None and seal["epoch"] < whole and (heard or seal["epoch"] <= epochs):
             return folder
     return None
 
@@ -86,6 +88,18 @@ def begun_epoch(sweep_folder: Path, number: int, *, after: int) -> Path | None:
     folder = preempted(sweep_folder, number)
     found = read_seal(folder)
     return folder if found is not None and found["epoch"] == after else None
+
+
+@contextlib.contextmanager
+def leaving(sweep_folder: Path, number: int) -> Iterator[Path]:
+    """A folder for the beginning of an epoch, which takes the place of an earlier one when the block ends well."""
+    place = preempted(sweep_folder, number)
+    unfinished = place.with_name(place.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    drop_begun_epoch(sweep_folder, number)
+    unfinished.rename(place)
 
 
 def drop_begun_epoch(sweep_folder: Path, number: int) -> None:

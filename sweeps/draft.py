@@ -26,6 +26,7 @@ from tracking.privacy import PATH_SETTINGS
 from tracking.pseudonyms import load_key
 from tracking.runs import sweep_exists
 
+from .bucket import Bucket, is_url
 from .folder import PLAN_FILE, free_name, name_taken
 from .plan import Plan
 from .room import fitting, room_bytes, side_by_side, trial_bytes
@@ -47,9 +48,15 @@ def make_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
     load_key()  # a damaged key is found now, not after the first trial
     if options.name and sweep_exists(client, options.name):
         raise name_taken(options.name, masked(plan.tracking_uri))
+    if options.name and plan.bucket and Bucket(plan.bucket, plan.name).check():
+        raise name_taken(options.name, plan.bucket)
     storage.mkdir(parents=True, exist_ok=True)
     if not options.name:
-        name = free_name(storage, sweep.name, lambda taken: sweep_exists(client, taken))
+
+        def taken(name: str) -> bool:
+            return sweep_exists(client, name) or (bool(plan.bucket) and Bucket(plan.bucket, name).check())
+
+        name = free_name(storage, sweep.name, taken)
         plan = dataclasses.replace(plan, name=name, folder=str(storage / name))
     plan.make_folder(sweep.source)
     return plan
@@ -75,6 +82,9 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
         raise ConfigError(f"a sweep's name is made of letters, digits, '.', '_' and '-', got {name!r} (--name).")
     if (storage / name / PLAN_FILE).exists():
         raise name_taken(name, str(storage))
+    bucket = options.storage if options.storage and is_url(options.storage) else ""
+    if bucket:
+        Bucket(bucket, name)  # the URL is one
     objectives, scheduler = _objectives(options, sweep)
     sampler = _sampler(options, sweep, objectives)
     make_sampler(sampler, options.seed)
@@ -121,6 +131,7 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
         sampler=sampler,
         objectives=objectives,
         study_storage=_whole_url(options.study_storage or ""),
+        bucket=bucket,
         keep_checkpoints=options.keep_checkpoints,
         warm_start=warm_start,
         budget_hours=options.budget_gpu_hours,

@@ -26,8 +26,9 @@ from tracking.connection import embedded_path, masked
 from tracking.guard import Secrets
 from tracking.runs import SPOOL_FILE, SweepTracker, TrialState
 
-from . import checkpoints, page, report
+from . import page, report
 from .callbacks import KeepCheckpoints, MeasurePace, StopWhenAsked, TellPeople, TrackTrials, WaitForRoom, say
+from .checkpoints import trial_name
 from .control import Control
 from .executor import probe
 from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
@@ -39,6 +40,7 @@ from .provenance import source_tags, sweep_tags, write_diff
 from .refresh import RefreshReport
 from .results import OBJECTIVE
 from .searcher import Pause, StudyScheduler, StudySearcher, budget_used
+from .storage import Storage
 from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
 from .sweep import Sweep
 from .timeline import NoteWorkers
@@ -151,20 +153,20 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
 def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> dict[str, Any]:
     """All trials, then the report; KeyboardInterrupt if Ctrl-C or ``sweeps.stop`` ended the trials early."""
     started = time.monotonic()
-    folder, control = Path(plan.folder), Control(Path(plan.folder))
+    control, storage = Control(Path(plan.folder)), Storage(Path(plan.folder), plan.bucket, say)
     places = _places(plan)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(places)  # else Ray starts one worker after the other
     searcher = StudySearcher(plan, sweep, places)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
     refresh = RefreshReport(plan, cohort, tracker)
-    _run_and_pause(plan, cohort, searcher, tracker, control, deadline, refresh)
+    _run_and_pause(plan, cohort, searcher, tracker, control, storage, deadline, refresh)
     refresh.close()
     budget_spent = time.monotonic() >= deadline
     running = running_trials(searcher.study)
     for number in running:
         state: TrialState = "pruned" if budget_spent else "killed"
         reason = "the sweep's time budget was spent" if budget_spent else "sweep interrupted"
-        tracker.trial_ended(str(number), state, folder=checkpoints.last(folder, number), reason=reason)
+        tracker.trial_ended(str(number), state, folder=storage.last(number), reason=reason)
     if budget_spent:
         give_up(searcher.study, "the sweep's time budget was spent")
     elif searcher.closed and searcher.closed.kind == "data":
@@ -193,6 +195,7 @@ def _run_and_pause(
     searcher: StudySearcher,
     tracker: SweepTracker,
     control: Control,
+    storage: Storage,
     deadline: float,
     *more: tune.Callback,
 ) -> None:
@@ -201,8 +204,8 @@ def _run_and_pause(
     people = LiveView(plan, pace, control) if LiveView.possible() else TellPeople(pace)
     callbacks = [
         NoteWorkers(searcher),
-        TrackTrials(tracker, plan, cohort, searcher, control),
-        KeepCheckpoints(tracker, plan, searcher.study),
+        TrackTrials(tracker, plan, cohort, searcher, control, storage),
+        KeepCheckpoints(tracker, plan, searcher.study, storage),
         WaitForRoom(control),
         pause,
         pace,
@@ -219,7 +222,7 @@ def _run_and_pause(
             say(f"paused; go on with:  python -m sweeps.continue {plan.name}{_storage_flag(plan)}")
             try:
                 while control.paused and not control.stopped and time.monotonic() < deadline:
-                    _stop_resting(plan, searcher, tracker, control)
+                    _stop_resting(searcher, tracker, control, storage)
                     people.look()
                     time.sleep(PAUSED_POLL_S)
             except KeyboardInterrupt:
@@ -230,13 +233,11 @@ def _run_and_pause(
             searcher.begin()
 
 
-def _stop_resting(plan: Plan, searcher: StudySearcher, tracker: SweepTracker, control: Control) -> None:
+def _stop_resting(searcher: StudySearcher, tracker: SweepTracker, control: Control, storage: Storage) -> None:
     """Ends the trials of a paused sweep that people stop."""
     for number in running_trials(searcher.study):
         if control.trial_stopped(number):
-            tracker.trial_ended(
-                str(number), "pruned", folder=checkpoints.last(Path(plan.folder), number), reason=BY_HAND
-            )
+            tracker.trial_ended(str(number), "pruned", folder=storage.last(number), reason=BY_HAND)
             give_up(searcher.study, BY_HAND, only=number)
 
 
@@ -263,6 +264,7 @@ def _tune(
         trials=plan.trials,
         cpus=plan.cpus_per_trial,
         baseline_bytes=plan.baseline_bytes,
+        bucket=plan.bucket,
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
     main_thread = threading.current_thread() is threading.main_thread()
@@ -270,7 +272,7 @@ def _tune(
         tune.run(
             preemptible(tune.with_parameters(train_trial, plan=trial_plan)),
             name=plan.name,
-            storage_path=str(Path(plan.folder).parent),
+            storage_path=plan.bucket or str(Path(plan.folder).parent),
             num_samples=-1,  # the searcher knows when there are enough
             search_alg=searcher,
             scheduler=StudyScheduler(searcher, control, pause),
@@ -302,7 +304,7 @@ def _tune(
 
 
 def _trial_name(trial: Any) -> str:
-    return checkpoints.trial_name(trial.config["number"], trial.config["attempt"])
+    return trial_name(trial.config["number"], trial.config["attempt"])
 
 
 def _report(

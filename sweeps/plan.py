@@ -37,6 +37,7 @@ class Plan:
         grace_epochs: epochs that every trial gets before it may be stopped early.
         objectives: what the study is told of a finished trial; early stopping needs a single one.
         study_storage: URL of the database that holds the study; empty for a file in the sweep's folder.
+        bucket: URL of where sweeps have their checkpoints that workers cannot keep in the folder; else empty.
         keep_checkpoints: how many ended trials keep their best weights on disk.
         warm_start: folders of the earlier sweeps whose trials the study is given; see `sweeps.warm_start`.
         budget_hours: of training: GPU-hours, or worker-hours where trials have no GPU; None is without limit.
@@ -64,6 +65,7 @@ class Plan:
     sampler: Sampler = "tpe"
     objectives: tuple[Objective, ...] = ("spearman",)
     study_storage: str = ""
+    bucket: str = ""
     keep_checkpoints: int = KEPT_CHECKPOINTS
     warm_start: tuple[str, ...] = ()
     budget_hours: float | None = None

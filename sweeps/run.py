@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from qafe.config import PRESETS
 from qafe.errors import ConfigError
 
 from . import estimate
+from .bucket import Bucket, is_url
 from .draft import draft_plan, make_plan, planned_trials
 from .folder import STORAGE, find_sweep, last_name
 from .notify import check_url
@@ -69,7 +69,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let names, paths and pictures reach MLflow; noted in each run",
     )
-    parser.add_argument("--storage", type=Path, help="folder for sweeps; shared on a cluster (default: ~/ray_results)")
+    parser.add_argument(
+        "--storage",
+        metavar="FOLDER|s3://BUCKET/PREFIX",
+        help="folder for sweeps, which all workers see, or a bucket for their checkpoints (default: ~/ray_results)",
+    )
     parser.add_argument("--name", help="the sweep's name (default: the study's with the next free number)")
     parser.add_argument(
         "--scheduler", choices=list(PRUNERS), help="how hopeless trials are stopped early (default: asha)"
@@ -106,12 +110,8 @@ def _main(options: argparse.Namespace) -> int:
         raise ConfigError(f"a sweep needs a study: {', '.join(STUDIES)}. Write python -m sweeps.run fusion_search.")
     if options.notify is not None:
         check_url(options.notify)
-    if options.storage and re.match(r"[a-z0-9]+:/", str(options.storage)):
-        raise ConfigError(
-            f"--storage must be a folder that all workers see, got the URL {options.storage}. Mount the bucket "
-            "and name the folder."
-        )
-    storage = (options.storage or STORAGE.expanduser()).resolve()
+    in_bucket = bool(options.storage and is_url(options.storage))
+    storage = (STORAGE.expanduser() if in_bucket or not options.storage else Path(options.storage)).resolve()
     for name, folder in (("--storage", storage), ("--json", options.json and options.json.resolve().parent)):
         existing = next((path for path in (folder, *folder.parents) if path.exists()), None) if folder else None
         if existing and not existing.is_dir():
@@ -124,7 +124,14 @@ def _main(options: argparse.Namespace) -> int:
     if options.resume or options.extend is not None:
         plan = Plan.load(storage / (options.name or last_name(storage, find_study(options.study).name)))
         sweep = planned_sweep(plan)
+        if in_bucket and options.storage != plan.bucket:
+            raise ConfigError(
+                f"the checkpoints of {plan.name} are in {plan.bucket or plan.folder}, got --storage {options.storage}. "
+                "Leave it out."
+            )
         _check_resumable(plan, options)
+        if plan.bucket:
+            Bucket(plan.bucket, plan.name).check()
         if options.extend is not None:
             base, pinned = dotted.from_json(plan.config_json), frozenset(plan.pinned)
             plan = dataclasses.replace(plan, trials=planned_trials(sweep, plan.trials + options.extend, base, pinned))

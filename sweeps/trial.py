@@ -44,12 +44,14 @@ from qafe.history import ExpressionHistory, History, read_history, write_history
 from qafe.store import Store
 from qafe.train import EpochResult, Save, fit
 
-from .checkpoints import begun_epoch, drop_begun_epoch, newest, preempted, seal
+from .bucket import may_pass
+from .checkpoints import begun_epoch, newest, seal
 from .control import FULL, Control
 from .monitor import monitor
 from .preemption import PREEMPTION
 from .results import DIVERGED, FAILED_AS, FINISHED, NO_SKILL, OBJECTIVE
 from .room import fitting, room_bytes, side_by_side, surely_fits, with_half_the_batch
+from .storage import Storage
 from .study import REASON
 from .sweep import trial_device
 
@@ -63,6 +65,8 @@ RESERVE_BYTES = 64 * 2**20
 RESERVE_SHARE = 0.05
 """Room that trials leave for the sweep's own records: this much, or this share of a small disk."""
 ROOM_POLL_S = 1.0
+RUNNING_CHECKPOINTS = 2
+"""Of a running trial: the last, and the one before it should the last be damaged."""
 EPOCH_RESAMPLES = 250
 """Of the interval of each epoch, which a training waits for; the report draws more."""
 
@@ -82,6 +86,8 @@ class TrialPlan:
     cpus: float
     baseline_bytes: int
     """What the baseline takes at its fullest, found when the sweep was planned; 0 if it is not known."""
+    bucket: str = ""
+    """Where workers keep checkpoints that do not see the folder."""
 
 
 def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
@@ -155,34 +161,14 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
     cohort = split_cohort(*_dataset(plan.data_root), config.data)
     device = trial_device(plan.gpus)
     history: History = {}
-    sweep_folder, number = Path(plan.folder), parameters["number"]
-    known = tune.get_checkpoint()
-    whole = newest(
-        sweep_folder,
-        number,
-        epochs=parameters["epochs"],
-        whole=config.train.epochs,
-        known=known and Path(known.path),
-    )
-    if whole is not None:
-        history = read_history(whole)
-    done = len(history[plan.expressions[0]].epochs) if history else 0
-    begun = begun_epoch(sweep_folder, number, after=done)
-    left = [folder for folder in (begun, whole) if folder is not None]
-    if left:
-        held = dotted.from_json((left[0] / CONFIG_FILE).read_text())
-        if held.train.batch_size < config.train.batch_size:  # memory ran out before
-            config = dotted.override(
-                config, {"train.batch_size": held.train.batch_size, "train.accumulate": held.train.accumulate}
-            )
+    number, storage = parameters["number"], Storage(Path(plan.folder), plan.bucket)
     parts = {expression: cohort.only(expression) for expression in plan.expressions}
-
     saves: dict[str, Save] = {}
 
     def heed(expression: str, save: Save) -> None:
         saves[expression] = save
         if PREEMPTION.asked:
-            _leave(config, history, saves, sweep_folder, number)
+            _leave(config, history, saves, storage, number)
 
     def started(left: list[Path], done: int) -> dict[str, Iterator[EpochResult]]:
         return {
@@ -200,10 +186,25 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
             for expression, part in parts.items()
         }
 
-    try:
-        runs = started(left, done)
-    except PrecisionError:  # another kind of GPU: half of each would be neither's result
-        history, done, runs = {}, 0, started([], 0)
+    with storage.at_hand(number) as (found, folder):
+        known = tune.get_checkpoint()
+        known_as = known and Path(known.path)
+        whole = newest(found, epochs=parameters["epochs"], whole=config.train.epochs, known=known_as)
+        if whole is not None:
+            history = read_history(whole)
+        done = len(history[plan.expressions[0]].epochs) if history else 0
+        begun = begun_epoch(folder, number, after=done)
+        left = [each for each in (begun, whole) if each is not None]
+        if left:
+            held = dotted.from_json((left[0] / CONFIG_FILE).read_text())
+            if held.train.batch_size < config.train.batch_size:  # memory ran out before
+                config = dotted.override(
+                    config, {"train.batch_size": held.train.batch_size, "train.accumulate": held.train.accumulate}
+                )
+        try:
+            runs = started(left, done)
+        except PrecisionError:  # another kind of GPU: half of each would be neither's result
+            history, done, runs = {}, 0, started([], 0)
     for expression, part in parts.items():
         history.setdefault(expression, ExpressionHistory.start(part.validation))
     for _ in range(done, config.train.epochs):
@@ -215,7 +216,10 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
                 heed(expression, results[expression].save)
         for expression, result in results.items():
             history[expression].add(result)
-        _keep(config, history, results, plan, number)
+        _keep(config, history, results, storage, number)
+        if begun is not None:
+            storage.drop_begun(number)
+            begun = None
 
 
 @functools.cache
@@ -226,26 +230,20 @@ def _dataset(root: str) -> tuple[Store, Manifest]:
     return store, read_manifest(store)
 
 
-def _leave(config: Config, history: History, saves: dict[str, Save], sweep_folder: Path, number: int) -> NoReturn:
+def _leave(config: Config, history: History, saves: dict[str, Save], storage: Storage, number: int) -> NoReturn:
     """Keeps an epoch's beginning, and ends this process. Where that fails, the epoch is trained again."""
-    with contextlib.suppress(OSError, QafeError):
-        place = preempted(sweep_folder, number)
-        unfinished = place.with_name(place.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        (unfinished / CONFIG_FILE).write_text(dotted.to_json(config))
+    with contextlib.suppress(OSError, QafeError), storage.leaving(number) as folder:
+        (folder / CONFIG_FILE).write_text(dotted.to_json(config))
         for expression, save in saves.items():
-            save(unfinished / expression)
-        seal(unfinished, len(next(iter(history.values())).epochs))
-        drop_begun_epoch(sweep_folder, number)
-        unfinished.rename(place)
+            save(folder / expression)
+        seal(folder, len(next(iter(history.values())).epochs))
     PREEMPTION.leave()
 
 
-def _keep(config: Config, history: History, results: dict[str, EpochResult], plan: TrialPlan, number: int) -> None:
-    """Writes an epoch's checkpoint and reports both; waits where the disk is full."""
+def _keep(config: Config, history: History, results: dict[str, EpochResult], storage: Storage, number: int) -> None:
+    """Writes an epoch's checkpoint and reports both; waits where the disk is full, or the bucket away."""
     epoch = next(iter(results.values())).epoch
-    sweep_folder, control = Path(plan.folder), Control(Path(plan.folder))
+    control = Control(storage.folder)
     full = f"{FULL}-{number}"
     while True:
         try:
@@ -257,16 +255,17 @@ def _keep(config: Config, history: History, results: dict[str, EpochResult], pla
                     result.save(folder / expression, synced=False)  # Ray's copy of it is what stays
                 seal(folder, epoch)
                 size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                if has_room(sweep_folder, size):
+                if has_room(folder if storage.bucket else storage.folder, size):
                     tune.report(
                         summary(results, history, config) | monitor().take() | {FINISHED: epoch == config.train.epochs},
                         checkpoint=tune.Checkpoint.from_directory(folder),
                     )
                     control.withdraw(full)
-                    drop_begun_epoch(sweep_folder, number)
+                    if storage.bucket:  # the driver would wait for each answer
+                        storage.drop_old(number, RUNNING_CHECKPOINTS)
                     return
         except OSError as err:
-            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT) and not (storage.bucket and may_pass(err)):
                 raise
         with contextlib.suppress(OSError):
             control.wish(full)

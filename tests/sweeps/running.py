@@ -22,13 +22,20 @@ class Sweep:
     """One ``python -m sweeps.run`` in a folder of its own."""
 
     def __init__(
-        self, folder: Path, data_root: Path, *flags: str, uri: str = "", storage: Path | None = None, **environment: str
+        self,
+        folder: Path,
+        data_root: Path,
+        *flags: str,
+        uri: str = "",
+        storage: Path | None = None,
+        bucket: str = "",
+        **environment: str,
     ) -> None:
         self.folder = folder
         self.storage = storage or folder
         self.uri = uri or embedded(folder)
         self.environment = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": self.uri} | environment
-        self.line = [sys.executable, "-m", "sweeps.run", "fusion_search", "--storage", str(self.storage)]
+        self.line = [sys.executable, "-m", "sweeps.run", "fusion_search", "--storage", bucket or str(self.storage)]
         self.line += ["--name", "s-1"]
         self.flags = ["--data-root", str(data_root), "--json", str(folder / "summary.json"), *QUICK_FLAGS, *flags]
         self.log = folder / "sweep.log"

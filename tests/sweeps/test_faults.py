@@ -30,6 +30,7 @@ from sweeps.plan import Plan
 from sweeps.results import OBJECTIVE
 from sweeps.study import FAILURE, JOURNAL_FILE, open_study, own_trials
 from sweeps.trial import CONFIG_FILE
+from tests.sweeps.object_store import object_store
 from tests.sweeps.running import ROOT, Sweep, workers_of
 from tests.tracking.stores import free_port, server
 
@@ -65,7 +66,7 @@ def obeying(faults: Path) -> dict[str, str]:
 def end(sweep: Sweep) -> None:
     """Ends what a failed test has left."""
     for process in psutil.process_iter(["pid", "cmdline"]):
-        if str(sweep.storage) in (process.info["cmdline"] or []):
+        if sweep.line == (process.info["cmdline"] or [])[: len(sweep.line)]:
             for each in [*process.children(recursive=True), process]:
                 each.kill()
 
@@ -269,6 +270,38 @@ def test_a_full_disk(sample_root: Path, tmp_path: Path, faults: Path, small_disk
             as_if_undisturbed(sweep, trial)
     finally:
         end(sweep)
+
+
+def test_checkpoints_in_a_bucket_that_sleeps(sample_root: Path, tmp_path: Path, faults: Path) -> None:
+    home = {"HOME": str(tmp_path), **obeying(faults)}
+    with object_store(tmp_path) as (store, environment):
+        place = tmp_path / "ray_results"
+        sweep = Sweep(tmp_path, sample_root, *FLAGS, storage=place, bucket="s3://sweeps/a", **home, **environment)
+        try:
+            process = sweep.start()
+            sweep.wait_for_epoch(3)
+            store.send_signal(signal.SIGSTOP)
+            time.sleep(40)
+            epochs = len(sweep.spooled())
+            time.sleep(5)
+            assert process.poll() is None, sweep.text
+            assert len(sweep.spooled()) == epochs, "nobody goes on without a checkpoint"
+            store.send_signal(signal.SIGCONT)
+            sweep.wait_for_epoch(6)
+            kill_all(process)
+            process = sweep.start("--resume")
+            sweep.wait_for_epoch(8)
+            (faults / "slow").write_text("3")
+            time.sleep(3)
+            workers_of(process)[0].terminate()
+            sweep.wait_for("it goes on in the middle of epoch")
+            (faults / "slow").unlink()
+            finish(process, sweep)
+            for trial in everything_agrees(sweep):
+                as_if_undisturbed(sweep, trial)
+        finally:
+            store.send_signal(signal.SIGCONT)
+            end(sweep)
 
 
 def test_the_tracking_server_is_away_for_a_minute(sample_root: Path, tmp_path: Path, faults: Path) -> None:

@@ -1,0 +1,189 @@
+"""sweeps/bucket.py and sweeps/storage.py against a real S3 server."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qafe.errors import QafeError
+from qafe.train import BEST_FILE, STATE_FILE
+from sweeps import bucket as bucket_module
+from sweeps.bucket import Bucket, may_pass
+from sweeps.checkpoints import SEAL_FILE, begun_epoch, newest, seal
+from sweeps.run import main
+from sweeps.storage import Storage
+from tests.sweeps.object_store import object_store
+from tests.tracking.stores import embedded, free_port
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    folder = tmp_path_factory.mktemp("store")
+    with object_store(folder) as (process, environment), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield process
+
+
+@pytest.fixture
+def bucket(store: object) -> Bucket:
+    """A new sweep's."""
+    return Bucket(f"s3://sweeps/{uuid.uuid4().hex}/", "s-1")
+
+
+def checkpoint(folder: Path, epoch: int, sealed: bool = True) -> Path:
+    (folder / "smile").mkdir(parents=True)
+    for name in (STATE_FILE, BEST_FILE):
+        (folder / "smile" / name).write_bytes(f"{name} {epoch}".encode())
+    (folder / "history.json").write_text(str(epoch))
+    if sealed:
+        seal(folder, epoch)
+    return folder
+
+
+def upload(bucket: Bucket, folder: Path, place: str) -> None:
+    """As Ray Tune does."""
+    from pyarrow import fs
+
+    bucket.store.create_dir(f"{bucket.root}/{place}")
+    fs.copy_files(str(folder), f"{bucket.root}/{place}", destination_filesystem=bucket.store, use_threads=False)
+
+
+@pytest.fixture
+def filled(bucket: Bucket, tmp_path: Path) -> Bucket:
+    """Trial 7 in two attempts, the newest checkpoint half uploaded; trials 70 and 8 beside it."""
+    places = {"trial_007/checkpoint_000000": 1, "trial_007/checkpoint_000001": 2, "trial_007.1/checkpoint_000000": 3}
+    places |= {"trial_007.10/checkpoint_000000": 4, "trial_070/checkpoint_000005": 6, "trial_008/checkpoint_000000": 1}
+    for number, (place, epoch) in enumerate(places.items()):
+        upload(bucket, checkpoint(tmp_path / "made" / str(number), epoch), place)
+    upload(bucket, checkpoint(tmp_path / "made" / "half", 5, sealed=False), "trial_007.10/checkpoint_000001")
+    return bucket
+
+
+def test_checkpoints_come_newest_first_and_only_those_that_are_asked_for(filled: Bucket, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    found = newest(filled.folders(7, into), epochs=9, whole=9)
+    assert found == into / "trial_007.10" / "checkpoint_000000"
+    assert (found / "smile" / STATE_FILE).read_text() == f"{STATE_FILE} 4"
+    assert not (into / "trial_007.1").exists()
+    places = [str(path.relative_to(into)) for path in filled.folders(7, into)]
+    assert places == [
+        "trial_007.10/checkpoint_000001",
+        "trial_007.10/checkpoint_000000",
+        "trial_007.1/checkpoint_000000",
+        "trial_007/checkpoint_000001",
+        "trial_007/checkpoint_000000",
+    ]
+    assert list(filled.folders(3, into)) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over(filled: Bucket, tmp_path: Path) -> None:
+    with filled.store.open_output_stream(f"{filled.root}/trial_007.10/checkpoint_000000/smile/{STATE_FILE}") as out:
+        out.write(b"half")
+    found = newest(filled.folders(7, tmp_path / "into"), epochs=9, whole=9)
+    assert found == tmp_path / "into" / "trial_007.1" / "checkpoint_000000"
+
+
+def test_the_driver_gets_the_last_whole_checkpoint_without_its_state(filled: Bucket, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "s-1", filled.url)
+    last = storage.last(7)
+    assert last == tmp_path / "s-1" / "trial_007.10" / "checkpoint_000000"
+    assert {path.name for path in last.rglob("*") if path.is_file()} == {BEST_FILE, "history.json", SEAL_FILE}
+    assert storage.last(3) is None
+
+
+def test_old_and_superfluous_files_go(filled: Bucket, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "s-1", filled.url)
+    storage.drop_old(7, 2)
+    assert sorted(filled._places(7)) == ["trial_007.10/checkpoint_000000", "trial_007.10/checkpoint_000001"]
+    storage.last(70)
+    assert storage.thin(70, keep_best=True)
+    kept = {"history.json", SEAL_FILE, f"smile/{BEST_FILE}"}
+    assert set(filled._files("trial_070/checkpoint_000005")) == kept
+    assert (tmp_path / "s-1" / "trial_070" / "checkpoint_000005" / "smile" / BEST_FILE).exists()
+    assert storage.thin(70, keep_best=False)
+    assert set(filled._files("trial_070/checkpoint_000005")) == kept - {f"smile/{BEST_FILE}"}
+    assert storage.thin(3, keep_best=True)
+    assert set(filled._files("trial_008/checkpoint_000000")) == kept | {f"smile/{STATE_FILE}"}
+
+
+def test_the_beginning_of_an_epoch_is_left_and_found(bucket: Bucket, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "s-1", bucket.url)
+    for after in (2, 3):
+        with storage.leaving(7) as folder:
+            checkpoint(folder / "x", after, sealed=False).rename(folder / "y")
+            seal(folder, after)
+    with storage.at_hand(7) as (found, folder):
+        assert list(found) == []
+        assert begun_epoch(folder, 7, after=2) is None
+        left = begun_epoch(folder, 7, after=3)
+        assert left is not None
+        assert (left / "y" / "smile" / STATE_FILE).read_text() == f"{STATE_FILE} 3"
+    assert storage.has_begun(7, after=3)
+    storage.drop_begun(7)
+    assert not storage.has_begun(7, after=3)
+    with storage.at_hand(7) as (_, folder):
+        assert begun_epoch(folder, 7, after=3) is None
+
+
+def test_a_store_that_sleeps_is_waited_for(
+    filled: Bucket, store: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_module, "RETRY_S", 0.1)
+    port = free_port()
+    with monkeypatch.context() as away:
+        away.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        nowhere = Bucket(filled.url, "s-1")
+    told: list[str] = []
+    storage = Storage(tmp_path / "s-1", filled.url, told.append)
+    assert storage.bucket is not None
+    awake = storage.bucket.store
+    storage.bucket.store = nowhere.store
+
+    def hear(text: str) -> None:
+        told.append(text)
+        assert storage.bucket is not None
+        storage.bucket.store = awake
+
+    storage.tell = hear
+    assert storage.last(7) is not None
+    assert ["does not answer" in told[0], "answers again" in told[1]] == [True, True]
+    assert len(told) == 2
+
+
+def test_a_store_that_refuses_is_not_waited_for(store: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="NO_SUCH_BUCKET") as caught:
+        Bucket("s3://nobodys/x", "s-1").leave_begun_epoch(7, checkpoint(tmp_path / "made", 1))
+    assert not may_pass(caught.value)
+    for kind in ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH"):
+        assert not may_pass(OSError(f"AWS Error {kind} during PutObject operation"))
+    assert may_pass(OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 7"))
+
+    def refuse(*_: object) -> None:
+        raise OSError("AWS Error ACCESS_DENIED during ListObjectsV2 operation")
+
+    storage = Storage(tmp_path / "s-1", "s3://sweeps/x")
+    monkeypatch.setattr(storage.bucket, "fetch_last", refuse)
+    with pytest.raises(QafeError, match="s3://sweeps/x gives: AWS Error ACCESS_DENIED"):
+        storage.last(7)
+
+
+def test_bad_places_are_refused_in_one_line(
+    store: object, bucket: Bucket, sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["fusion_search", "--data-root", str(sample_root), "--preset", "tiny", "--name", "s-1"]
+    flags += ["--tracking-uri", embedded(tmp_path)]
+    upload(bucket, checkpoint(tmp_path / "made", 1), "trial_000/checkpoint_000000")
+    refused = {
+        "s3://nobodys/x": "the workers must be able to write to --storage, s3://nobodys/x gives: ",
+        "gs://somewhere/x": "--storage must be a folder that all workers see or s3://BUCKET/PREFIX, got gs://somewhere/x",
+        "s3://key:secret@sweeps/x": "--storage must hold no password",
+        bucket.url: f"a sweep's name must be new, s-1 is in {bucket.url}",
+    }
+    for url, line in refused.items():
+        assert main([*flags, "--storage", url]) == 2
+        said = capsys.readouterr().err
+        assert line in said
+        assert len(said.strip().splitlines()) == 1
+        assert "key:secret" not in said
