@@ -31,11 +31,6 @@ FOR_GOOD = re.compile(
 )
 
 
-def is_url(storage: str) -> bool:
-    """Whether a storage is no folder."""
-    return bool(re.match(r"[A-Za-z0-9+.-]+:/", storage))
-
-
 class Bucket:
     """A sweep's checkpoints.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qafe import console
 
-from .folder import STORAGE, SweepFolder, driven_sweep
+from .folder import STORAGE, SweepFolder, driven_sweep, local_storage
 
 FOLDER = "control"
 STOP = "stop"
@@ -33,7 +33,7 @@ def asked_sweep(options: argparse.Namespace) -> SweepFolder:
     Raises:
         ConfigError: there is no such sweep, or it does not run.
     """
-    return driven_sweep(options.storage.expanduser(), options.name)
+    return driven_sweep(local_storage(options.storage), options.name)
 
 
 def place_flag(options: argparse.Namespace) -> str:

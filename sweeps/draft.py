@@ -26,8 +26,8 @@ from tracking.privacy import PATH_SETTINGS
 from tracking.pseudonyms import load_key
 from tracking.runs import sweep_exists
 
-from .bucket import Bucket, is_url
-from .folder import PLAN_FILE, free_name, name_taken
+from .bucket import Bucket
+from .folder import PLAN_FILE, free_name, is_url, name_taken
 from .plan import Plan
 from .room import fitting, room_bytes, side_by_side, trial_bytes
 from .study import DIRECTIONS, GRID, LEARNERS, Objective, Sampler, Scheduler, make_sampler

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import fcntl
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,25 @@ class SweepFolder:
         planned = self.plan["trials"]
         ended = sum(summary["counts"].values()) if "counts" in summary else summary.get("planned", planned)
         return bool(ended >= planned)  # an extension is planned before it is run
+
+
+def is_url(storage: str | Path) -> bool:
+    """Whether a storage is no folder; as a path, a URL has lost a slash."""
+    return bool(re.match(r"[A-Za-z0-9+.-]+:/", str(storage)))
+
+
+def local_storage(storage: Path) -> Path:
+    """Where commands look for sweeps.
+
+    Raises:
+        ConfigError: a URL.
+    """
+    if is_url(storage):
+        raise ConfigError(
+            "a sweep's folder is on the machine that drives it, got --storage "
+            f"{str(storage).replace(':/', '://', 1)}. Leave it out for a sweep whose checkpoints are in a bucket."
+        )
+    return storage.expanduser()
 
 
 def sweep_folders(storage: Path) -> Iterator[SweepFolder]:

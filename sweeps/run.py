@@ -15,9 +15,9 @@ from qafe.config import PRESETS
 from qafe.errors import ConfigError
 
 from . import estimate
-from .bucket import Bucket, is_url
+from .bucket import Bucket
 from .draft import draft_plan, make_plan, planned_trials
-from .folder import STORAGE, find_sweep, last_name
+from .folder import STORAGE, find_sweep, is_url, last_name
 from .notify import check_url
 from .plan import KEPT_CHECKPOINTS, Plan
 from .studies import STUDIES, find_study, planned_sweep

@@ -27,7 +27,7 @@ from qafe import console
 from qafe.errors import ConfigError
 
 from .control import Control
-from .folder import STORAGE, SweepFolder, SweepState, find_sweep, sweep_folders
+from .folder import STORAGE, SweepFolder, SweepState, find_sweep, local_storage, sweep_folders
 from .progress import SECONDS, STATES, Pace, Progress, changed_settings, duration, progress_of, score_of
 from .study import BASELINE, FAILURE, REASON, epochs_of, own_trials, read_study
 
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    storage = options.storage.expanduser()
+    storage = local_storage(options.storage)
     if options.json and options.watch:
         raise ConfigError("--json is one answer, --watch is many. Leave one of them out.")
     if options.watch:

@@ -12,6 +12,8 @@ from sweeps import bucket as bucket_module
 from sweeps.bucket import Bucket, may_pass
 from sweeps.checkpoints import SEAL_FILE, begun_epoch, newest, seal
 from sweeps.run import main
+from sweeps.status import main as status
+from sweeps.stop import main as stop
 from sweeps.storage import Storage
 from tests.sweeps.object_store import object_store
 from tests.tracking.stores import embedded, free_port
@@ -187,3 +189,5 @@ def test_bad_places_are_refused_in_one_line(
         assert line in said
         assert len(said.strip().splitlines()) == 1
         assert "key:secret" not in said
+    assert stop(["s-1", "--storage", "s3://sweeps/x"]) == status(["--storage", "s3://sweeps/x"]) == 2
+    assert capsys.readouterr().err.count("a sweep's folder is on the machine that drives it") == 2
