@@ -178,11 +178,18 @@ def _scores(samples: Sequence[Sample]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """How far the training of an epoch has come: optimiser steps, the sum of their losses, and torch's generators."""
+    """How far the training of an epoch has come.
+
+    Attributes:
+        steps: of the optimiser; loss: the sum of theirs.
+        random: the state of torch's generators.
+        seconds: that it has taken.
+    """
 
     steps: int
     loss: Tensor
     random: tuple[Tensor, Tensor | None]
+    seconds: float
 
 
 class _Run:
@@ -232,12 +239,12 @@ class _Run:
         self.best_epoch = 0
         self.best_key = (-np.inf, -np.inf)
         self.best = self.model
-        self.result: EpochResult | None = None
+        self.told: dict[str, Any] = {}  # the last result's numbers; the result itself would hold this run
         self.part: _Part | None = None  # of the epoch that has begun, if one has
 
     def epochs(self, heard: int | None = None) -> Iterator[EpochResult]:
-        if heard is not None and self.result is not None and self.result.epoch > heard:
-            yield self.result
+        if heard is not None and self.told and self.told["epoch"] > heard:
+            yield EpochResult.of(self.told, self.save)
         # The loaders belong to this generator alone: an `EpochResult` that is kept must not keep their workers.
         batches: list[list[int]] = []
         training = clip_loader(self.train_set, batches, self.config, self.device, self.ranks)
@@ -251,7 +258,8 @@ class _Run:
     def _next_epoch(
         self, batches: list[list[int]], training: DataLoader[Clip], validation: DataLoader[Clip]
     ) -> EpochResult:
-        started = time.perf_counter()
+        began = time.perf_counter()
+        since = began - (self.part.seconds if self.part is not None else 0.0)
         self.epoch += 1
         lr = self.optimizer.param_groups[0]["lr"]
         if self.device.type == "cuda":
@@ -260,7 +268,7 @@ class _Run:
             batches[:] = epoch_batches(len(self.train_set), self.config.train.batch_size)
             if not self.ranks.first:
                 torch.manual_seed(_seed(self.config.train.seed, self.epoch, self.ranks.rank))
-            train_loss = self._train_epoch(training, batches)
+            train_loss = self._train_epoch(training, batches, since)
         trained = time.perf_counter()
         self.ranks.spread_buffers(self.model)
         with attention_read(self.model.fusion) as read:
@@ -273,7 +281,7 @@ class _Run:
         if key > self.best_key:
             self.best_key, self.best_epoch = key, self.epoch
             self.best = copy.deepcopy(self.model).cpu()
-        self.result = EpochResult(
+        result = EpochResult(
             epoch=self.epoch,
             train_loss=train_loss,
             lr=lr,
@@ -282,17 +290,22 @@ class _Run:
             attention=attention,
             best_epoch=self.best_epoch,
             best_spearman=self.best_key[0],
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - since,
             evaluation_s=evaluated - trained,
-            clips_per_s=sum(len(batch) for batch in batches) / (trained - started),
+            clips_per_s=sum(len(batch) for batch in batches) / (trained - began),
             peak_memory_mb=peak_memory_mb(self.device),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             save=self.save,
         )
-        return self.result
+        self.told = result.numbers()
+        return result
 
-    def _train_epoch(self, loader: DataLoader[Clip], drawn: list[list[int]]) -> float:
-        """Trains on the batches that were drawn, which the loader reads; of a resumed epoch on those that are left."""
+    def _train_epoch(self, loader: DataLoader[Clip], drawn: list[list[int]], since: float = 0.0) -> float:
+        """Trains on the batches that were drawn, which the loader reads; of a resumed epoch on those that are left.
+
+        Args:
+            since: when the epoch began, by the performance counter, times in which it rested left out.
+        """
         self.model.train()
         self.train_set.set_epoch(self.epoch)
         steps = step_sizes([len(batch) for batch in drawn], self.config.train.accumulate)
@@ -305,7 +318,9 @@ class _Run:
         batches = (dataclasses.replace(share, whole=len(batch)) for share, batch in shares)
         for step, count in enumerate(steps[done:], start=done):
             if self.between_steps is not None:
-                self.part = _Part(steps=step, loss=total, random=_random_state(self.device))
+                self.part = _Part(
+                    steps=step, loss=total, random=_random_state(self.device), seconds=time.perf_counter() - since
+                )
                 self.between_steps(self.save)
             several = count > 1 and self.config.train.loss in BATCH_LOSSES
             backward = self._backward_as_one if several else self._backward_each
@@ -382,7 +397,7 @@ class _Run:
             "config": dotted.to_json(self.config),
             "epoch": self.epoch if self.part is None else self.epoch - 1,
             "part": self.part and dataclasses.asdict(self.part),
-            "result": self.result and self.result.numbers(),
+            "result": self.told,
             "best_epoch": self.best_epoch,
             "best_key": [float(value) for value in self.best_key],
             "model": self.model.state_dict(),
@@ -425,8 +440,7 @@ class _Run:
         self.best_key = tuple(state["best_key"])
         if part := state.get("part"):  # Older states have none, nor a result.
             self.part = _Part(**part)
-        if numbers := state.get("result"):
-            self.result = EpochResult.of(numbers, self.save)
+        self.told = state.get("result", {})
         self.model.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -7,13 +7,14 @@ as for every AWS tool (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_E
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from pyarrow import fs
 
@@ -24,37 +25,53 @@ from .checkpoints import PREEMPTED, SEAL_FILE, trial_name
 
 T = TypeVar("T")
 
-SCHEME = "s3://"
+OWNER_FILE = "owner"
 RETRY_S = 5.0
 FOR_GOOD = re.compile(
-    r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE|UNRECOGNIZED_CLIENT|NO_CREDENTIALS", re.I
+    r"AWS Error (\w*(ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE|UNRECOGNIZED|CREDENTIALS|TOKEN)"
+    r"|UNKNOWN \(HTTP status 4)"  # an expired token among them
 )
+PLACE = re.compile(r"s3://[A-Za-z0-9._-]+(/[^/?]+)*/?(\?.*)?")
 
 
 class Bucket:
-    """A sweep's checkpoints.
+    """A sweep's checkpoints. All but the making of it raises OSError where the store does not answer or refuses.
 
     Args:
         url: ``s3://bucket/prefix``, where sweeps lie.
         name: the sweep's.
     Raises:
-        ConfigError: the URL is none of an object store, or holds a password.
+        ConfigError: the URL is none of a bucket, or holds a password.
     """
 
     def __init__(self, url: str, name: str) -> None:
-        if not url.startswith(SCHEME):
-            raise ConfigError(f"--storage must be a folder that all workers see or {SCHEME}BUCKET/PREFIX, got {url}.")
-        if "@" in urlsplit(url).netloc:
+        if "@" in url:
             raise ConfigError(
                 "--storage must hold no password, for it is written down. Put AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY into the environment."
             )
+        if not PLACE.fullmatch(url) or {".", ".."} & set(url.partition("?")[0].split("/")):
+            raise ConfigError(
+                f"--storage must be a folder that all workers see or s3://BUCKET/PREFIX, got {url}. Name one of them."
+            )
         self.url = url
-        try:
-            self.store, place = fs.FileSystem.from_uri(url)
-        except (OSError, ValueError) as err:
-            raise ConfigError(f"--storage must be {SCHEME}BUCKET/PREFIX, got {url} ({err}).") from err
-        self.root = f"{place.rstrip('/')}/{name}"
+        self.name = name
+
+    @functools.cached_property
+    def _connected(self) -> tuple[fs.FileSystem, str]:
+        """The store and the sweep's place there. For AWS itself this asks where the bucket is."""
+        store, place = fs.FileSystem.from_uri(self.url)
+        return store, f"{place.rstrip('/')}/{self.name}"
+
+    @property
+    def store(self) -> fs.FileSystem:
+        """The object store."""
+        return self._connected[0]
+
+    @property
+    def root(self) -> str:
+        """The sweep's place in it."""
+        return self._connected[1]
 
     def check(self) -> bool:
         """Whether something is there already; also that this process may write.
@@ -62,19 +79,40 @@ class Bucket:
         Raises:
             ConfigError: the store does not answer, or refuses.
         """
-        probe = f"{self.root}.probe"
         try:
             taken = bool(self._names(""))
-            with self.store.open_output_stream(probe) as out:
-                out.write(b"?")
-            self.store.delete_file(probe)
+            self._write(f"{self.root}.probe", "?")
+            self.store.delete_file(f"{self.root}.probe")
         except OSError as err:
-            reason = " ".join(str(err).split())
-            raise ConfigError(
-                f"the workers must be able to write to --storage, {self.url} gives: {reason}. Look at the bucket's "
-                "name, AWS_ENDPOINT_URL and the credentials."
-            ) from err
+            raise self.refusal(err) from err
         return taken
+
+    def claim(self, sweep_id: str) -> None:
+        """Takes the place for one sweep, and for its later drivers.
+
+        Raises:
+            ConfigError: another sweep has it, or the store does not answer, or refuses.
+        """
+        place = f"{self.root}/{OWNER_FILE}"
+        try:
+            if self.store.get_file_info(place).type == fs.FileType.File:
+                with self.store.open_input_stream(place) as content:
+                    owner = content.read().decode()
+                if owner != sweep_id:
+                    raise ConfigError(
+                        f"a sweep's checkpoints must have a place of their own, another {self.name} is in {self.url}. "
+                        "Choose another --name or prefix."
+                    )
+            self._write(place, sweep_id)
+        except OSError as err:
+            raise self.refusal(err) from err
+
+    def refusal(self, err: OSError) -> ConfigError:
+        """What to tell people of an error."""
+        return ConfigError(
+            f"the sweep must be able to use --storage, {self.url} gives: {' '.join(str(err).split())}. Look at the "
+            "bucket's name, AWS_ENDPOINT_URL and the credentials."
+        )
 
     def folders(self, number: int, into: Path) -> Iterator[Path]:
         """A trial's checkpoints, newest first, each fetched when it is asked for."""
@@ -83,22 +121,19 @@ class Bucket:
 
     def fetch_last(self, number: int, into: Path) -> None:
         """Fetches a trial's newest checkpoint that has a seal, but for the training's state."""
-        for place in self._places(number):
-            names = self._names(place)
-            if SEAL_FILE in names:
-                if not (into / place / SEAL_FILE).is_file():
-                    self._fetch(place, into, without=STATE_FILE)
-                return
+        place = next(self._sealed(number), None)
+        if place is not None and not (into / place / SEAL_FILE).is_file():
+            self._fetch(place, into, without=STATE_FILE)
 
     def fetch_begun_epoch(self, number: int, into: Path) -> None:
         """Fetches the beginning of an epoch that a worker has left; there may be none."""
-        place = f"{PREEMPTED}/{trial_name(number, 0)}"
+        place = _begun(number)
         if SEAL_FILE in self._names(place):
             self._fetch(place, into)
 
     def leave_begun_epoch(self, number: int, folder: Path) -> None:
         """Stores the beginning of an epoch; its seal comes last."""
-        place = f"{PREEMPTED}/{trial_name(number, 0)}"
+        place = _begun(number)
         self._drop(place)
         for path in sorted(folder.rglob("*"), key=lambda path: path.name == SEAL_FILE):
             if path.is_file():
@@ -109,27 +144,36 @@ class Bucket:
                     use_threads=False,  # apache/arrow#32372
                 )
 
-    def has_begun_epoch(self, number: int) -> bool:
-        """Whether a worker has left the beginning of an epoch."""
-        return SEAL_FILE in self._names(f"{PREEMPTED}/{trial_name(number, 0)}")
+    def begun_epoch(self, number: int) -> str:
+        """The seal of the beginning of an epoch that a worker has left; empty if there is none."""
+        place = f"{self.root}/{_begun(number)}/{SEAL_FILE}"
+        if self.store.get_file_info(place).type != fs.FileType.File:
+            return ""
+        with self.store.open_input_stream(place) as content:
+            found: str = content.read().decode()
+        return found
 
     def drop_begun_epoch(self, number: int) -> None:
         """Forgets the beginning of an epoch; there may be none."""
-        self._drop(f"{PREEMPTED}/{trial_name(number, 0)}")
+        self._drop(_begun(number))
 
     def drop_old(self, number: int, keep: int) -> None:
-        """Deletes all but a trial's newest checkpoints."""
-        for place in list(self._places(number))[keep:]:
+        """Deletes what is older than a trial's newest whole checkpoints."""
+        whole = list(self._sealed(number))[:keep]
+        places = list(self._places(number))
+        for place in places[places.index(whole[-1]) + 1 :] if len(whole) == keep else []:
             self._drop(place)
 
     def thin(self, number: int, *, keep_best: bool) -> None:
         """As `checkpoints.thin`."""
         self.drop_begun_epoch(number)
-        kept, *old = list(self._places(number)) or [""]
-        for place in old:
-            self._drop(place)
+        kept = next(self._sealed(number), None)
+        for place in list(self._places(number)):
+            if place != kept:
+                self._drop(place)
+        unwanted = (f"/{STATE_FILE}",) if keep_best else (f"/{STATE_FILE}", f"/{BEST_FILE}")
         for file in self._files(kept) if kept else []:
-            if file.endswith((f"/{STATE_FILE}",) if keep_best else (f"/{STATE_FILE}", f"/{BEST_FILE}")):
+            if file.endswith(unwanted):
                 self.store.delete_file(f"{self.root}/{kept}/{file}")
 
     def _places(self, number: int) -> Iterator[str]:
@@ -140,6 +184,10 @@ class Bucket:
             for checkpoint in sorted(self._names(attempt), reverse=True):
                 if checkpoint.startswith("checkpoint_"):
                     yield f"{attempt}/{checkpoint}"
+
+    def _sealed(self, number: int) -> Iterator[str]:
+        """Those that were uploaded to the end."""
+        return (place for place in self._places(number) if SEAL_FILE in self._names(place))
 
     def _names(self, place: str) -> set[str]:
         """What lies in a folder below the root, which may not exist."""
@@ -162,36 +210,45 @@ class Bucket:
                 fs.copy_files(f"{self.root}/{place}/{file}", str(folder / file), source_filesystem=self.store)
         return folder
 
+    def _write(self, place: str, text: str) -> None:
+        with self.store.open_output_stream(place) as out:
+            out.write(text.encode())
+
     def _drop(self, place: str) -> None:
         if self._names(place):
             self.store.delete_dir(f"{self.root}/{place}")
 
 
+def left_after(seal: str) -> int:
+    """How many epochs were complete when the worker left; -1 if the seal is none."""
+    try:
+        return int(json.loads(seal)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
 def may_pass(err: OSError) -> bool:
     """Whether what a store complains of may be over in a while."""
-    return not isinstance(err, PermissionError | FileNotFoundError) and not FOR_GOOD.search(str(err))
+    of_the_disk = err.errno is not None  # the store's own errors have no number
+    return not (of_the_disk or isinstance(err, FileNotFoundError) or FOR_GOOD.search(str(err)))
 
 
-def patiently(ask: Callable[[], T], tell: Callable[[str], None]) -> T:
+def patiently(ask: Callable[[], T], given_up: Callable[[], bool] = lambda: False) -> T:
     """What a store answers, however long it is away.
 
     Args:
-        tell: hears once that it is away, and once that it is back.
+        given_up: whether nobody wants to wait any more.
     Raises:
-        OSError: it refuses.
+        OSError: it refuses, or is away and waiting was given up.
     """
-    told = False
     while True:
         try:
-            found = ask()
+            return ask()
         except OSError as err:
-            if not may_pass(err):
+            if not may_pass(err) or given_up():
                 raise
-            if not told:
-                tell(f"--storage does not answer: the sweep waits, nothing is lost ({' '.join(str(err).split())})")
-            told = True
             time.sleep(RETRY_S)
-        else:
-            if told:
-                tell("--storage answers again: the sweep goes on.")
-            return found
+
+
+def _begun(number: int) -> str:
+    return f"{PREEMPTED}/{trial_name(number, 0)}"

@@ -19,7 +19,7 @@ from tracking.privacy import without_messages, without_paths
 from tracking.pseudonyms import load_key, pseudonym
 from tracking.runs import SweepTracker, TrialState
 
-from .control import Control
+from .control import FULL, Control
 from .plan import Plan
 from .progress import PACE, Pace, Progress, duration, progress_of
 from .provenance import trial_tags
@@ -67,6 +67,7 @@ class TrackTrials(Callback):
         self.storage = storage
         self._batch: dict[int, int] = {}
         self._workers: dict[int, str] = {}
+        self._left: dict[int, str] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial was placed on a worker, for the first time or again."""
@@ -120,8 +121,10 @@ class TrackTrials(Callback):
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial lost its worker; that it was asked to leave is no failure."""
         number, epoch = trial.config["number"], epochs_of(trial)
-        begun = self.storage.has_begun(number, after=epoch)
-        if begun:
+        self.control.withdraw(f"{FULL}-{number}")
+        left = self.storage.left(number, after=epoch)
+        if left and left != self._left.get(number):  # each counts once
+            self._left[number] = left
             trial.run_metadata.num_failures = 0
             say(f"trial {number}: its worker was asked to leave; it goes on in the middle of epoch {epoch + 1}")
         else:
@@ -129,7 +132,11 @@ class TrackTrials(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good."""
-        error = trial.get_error()
+        error: Exception | None
+        try:
+            error = trial.get_error()
+        except OSError as err:  # it is beside the checkpoints, in a bucket that is away
+            error = err
         cause = getattr(error, "cause", error)
         frames = "".join(traceback.format_exception(error)) if error else ""
         self._end(trial, "failed", f"lost ({type(cause).__name__})", frames)
@@ -142,7 +149,11 @@ class TrackTrials(Callback):
 
     def _end(self, trial: Trial, state: TrialState, reason: str, trace: str = "") -> None:
         number = trial.config["number"]
-        folder = self.storage.last(number)
+        try:
+            folder = self.storage.last(number)
+        except OSError as err:  # raised, Tune would take it for the trial's own, and begin the trial again
+            self.searcher.closed = Closing("storage", f"--storage gives: {' '.join(str(err).split())}.")
+            return  # the next driver tells the tracker
         self.tracker.trial_ended(
             str(number),
             state,
@@ -202,8 +213,9 @@ class KeepCheckpoints(Callback):
         sent = self.tracker.ended_trials()
         for rank, trial in enumerate(best):
             keep_best = rank < self.kept
-            changed = str(trial.number) in sent and self._thinned.get(trial.number) != keep_best
-            if changed and self.storage.thin(trial.number, keep_best=keep_best):
+            if str(trial.number) in sent and self._thinned.get(trial.number) != keep_best:
+                if not self.storage.thin(trial.number, keep_best=keep_best):
+                    return  # another time
                 self._thinned[trial.number] = keep_best
 
 
@@ -249,7 +261,8 @@ class StopWhenAsked(Stopper):
     def stop_all(self) -> bool:
         """Whether all trials should stop."""
         closed = self.searcher.closed
-        return self.control.stopped or (closed is not None and closed.kind == "data") or self.pause.complete
+        ends = closed is not None and closed.kind in ("data", "storage")
+        return self.control.stopped or ends or self.pause.complete
 
 
 class MeasurePace(Callback):

@@ -30,7 +30,7 @@ def trial_name(number: int, attempt: int) -> str:
 
 
 def seal(folder: Path, epoch: int, **notes: Any) -> None:
-    """Writes the digests of all files of a checkpoint, its epoch, and what else a resumed trial must know."""
+    """Writes the digests of all files of a checkpoint, its epoch, and what else there is to know of it."""
     digests = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     (folder / SEAL_FILE).write_text(json.dumps({"epoch": epoch, "sha256": digests} | notes))
 
@@ -43,6 +43,11 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError):
         return None
     return found if whole else None
+
+
+def epoch_of(folder: Path) -> int:
+    """How many epochs a sealed checkpoint holds."""
+    return int(json.loads((folder / SEAL_FILE).read_text())["epoch"])
 
 
 def newest(found: Iterable[Path], *, epochs: int, whole: int, known: Path | None = None) -> Path | None:
@@ -97,20 +102,28 @@ def leaving(sweep_folder: Path, number: int) -> Iterator[Path]:
     unfinished = place.with_name(place.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    yield unfinished
-    drop_begun_epoch(sweep_folder, number)
-    unfinished.rename(place)
+    try:
+        yield unfinished
+        shutil.rmtree(place, ignore_errors=True)
+        unfinished.rename(place)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def drop_begun_epoch(sweep_folder: Path, number: int) -> None:
     """Forgets the beginning of an epoch; there may be none."""
-    shutil.rmtree(preempted(sweep_folder, number), ignore_errors=True)
+    place = preempted(sweep_folder, number)
+    for folder in (place, place.with_name(place.name + ".unfinished")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def drop_old(sweep_folder: Path, number: int, keep: int) -> None:
-    """Deletes all but a trial's newest checkpoints."""
-    for folder in list(folders(sweep_folder, number))[keep:]:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Deletes what is older than a trial's newest whole checkpoints."""
+    whole = 0
+    for folder in list(folders(sweep_folder, number)):
+        if whole == keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        whole += (folder / SEAL_FILE).is_file()
 
 
 def thin(sweep_folder: Path, number: int, *, keep_best: bool) -> None:

@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import ray
+from optuna.trial import TrialState as StudyState
 from ray import tune
 
 from qafe import console, dotted
@@ -26,9 +27,8 @@ from tracking.connection import embedded_path, masked
 from tracking.guard import Secrets
 from tracking.runs import SPOOL_FILE, SweepTracker, TrialState
 
-from . import page, report
+from . import checkpoints, page, report
 from .callbacks import KeepCheckpoints, MeasurePace, StopWhenAsked, TellPeople, TrackTrials, WaitForRoom, say
-from .checkpoints import trial_name
 from .control import Control
 from .executor import probe
 from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
@@ -153,20 +153,29 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
 def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> dict[str, Any]:
     """All trials, then the report; KeyboardInterrupt if Ctrl-C or ``sweeps.stop`` ended the trials early."""
     started = time.monotonic()
-    control, storage = Control(Path(plan.folder)), Storage(Path(plan.folder), plan.bucket, say)
+    control, storage = Control(Path(plan.folder)), Storage(Path(plan.folder), plan.bucket)
     places = _places(plan)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(places)  # else Ray starts one worker after the other
     searcher = StudySearcher(plan, sweep, places)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
+    _settle(plan, searcher.study, tracker, storage)
     refresh = RefreshReport(plan, cohort, tracker)
-    _run_and_pause(plan, cohort, searcher, tracker, control, storage, deadline, refresh)
+    with storage.watched(say):
+        _run_and_pause(plan, cohort, searcher, tracker, control, storage, deadline, refresh)
     refresh.close()
+    if searcher.closed and searcher.closed.kind == "storage":
+        raise _storage_error(plan, searcher.closed.reason)
     budget_spent = time.monotonic() >= deadline
     running = running_trials(searcher.study)
     for number in running:
         state: TrialState = "pruned" if budget_spent else "killed"
         reason = "the sweep's time budget was spent" if budget_spent else "sweep interrupted"
-        tracker.trial_ended(str(number), state, folder=storage.last(number), reason=reason)
+        folder = None
+        with contextlib.suppress(OSError):
+            storage.given_up = lambda: True
+            folder = storage.last(number)
+        tracker.trial_ended(str(number), state, folder=folder, reason=reason)
+    storage.given_up = lambda: control.stopped
     if budget_spent:
         give_up(searcher.study, "the sweep's time budget was spent")
     elif searcher.closed and searcher.closed.kind == "data":
@@ -176,7 +185,28 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     ):  # Ray Tune returns from Ctrl-C as if all was done
         raise KeyboardInterrupt
     ended_by = searcher.closed.reason if searcher.closed else ""
+    _settle(plan, searcher.study, tracker, storage)
     return _report(plan, cohort, searcher.study, tracker, time.monotonic() - started, ended_by)
+
+
+def _settle(plan: Plan, study: optuna.Study, tracker: SweepTracker, storage: Storage) -> None:
+    """Fetches what is not here yet of ended trials, and tells the tracker what it has not heard of their ends.
+
+    A driver may have died between the study and the tracker, or while the bucket was away.
+    """
+    for trial in own_trials(study, (StudyState.COMPLETE, StudyState.PRUNED, StudyState.FAIL)):
+        name, state = str(trial.number), cast(TrialState, report.state_of(trial))
+        heard = tracker.ended_as(name) == state
+        try:
+            folder = checkpoints.last(storage.folder, trial.number) or storage.last(trial.number)
+        except OSError as err:
+            raise _storage_error(plan, f"--storage gives: {' '.join(str(err).split())}.") from err
+        if not heard:
+            tracker.trial_ended(name, state, folder=folder, reason=report.failure_of(trial))
+
+
+def _storage_error(plan: Plan, reason: str) -> QafeError:
+    return QafeError(f"{reason} Nothing is lost: mend that, then go on with --resume --name {plan.name}.")
 
 
 def _places(plan: Plan) -> int:
@@ -214,7 +244,7 @@ def _run_and_pause(
     ]
     with people:
         while True:
-            interrupted = _tune(plan, searcher, pause, control, callbacks, deadline - time.monotonic())
+            interrupted = _tune(plan, searcher, pause, control, storage, callbacks, deadline - time.monotonic())
             searcher.rest()
             pace.begin()
             if interrupted or control.stopped or searcher.closed or not (pause.complete and searcher.left):
@@ -246,6 +276,7 @@ def _tune(
     searcher: StudySearcher,
     pause: Pause,
     control: Control,
+    storage: Storage,
     callbacks: list[tune.Callback],
     budget_s: float,
 ) -> bool:
@@ -268,7 +299,14 @@ def _tune(
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
     main_thread = threading.current_thread() is threading.main_thread()
+
+    def interrupted() -> bool:
+        """Ray's own handler puts this one back when it has heard a Ctrl-C, and leaves itself where it has not."""
+        return main_thread and signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
+
+    storage.given_up = lambda: control.stopped or interrupted()
     try:
+        storage.wait_until_it_answers()
         tune.run(
             preemptible(tune.with_parameters(train_trial, plan=trial_plan)),
             name=plan.name,
@@ -294,17 +332,21 @@ def _tune(
             f"the study's database must answer, it stopped in the middle of {plan.name} (--study-storage). Start it "
             f"again, then go on with --resume --name {plan.name}."
         ) from err
+    except (OSError, ValueError) as err:  # Tune lists the bucket when it ends
+        if storage.bucket is None or (isinstance(err, ValueError) and "snapshot" not in str(err)):
+            raise
+        raise _storage_error(plan, f"--storage gives: {' '.join(str(err).split())}.") from err
     else:
-        # Ray's own handler puts this one back when it has heard a Ctrl-C, and leaves itself where it has not.
-        return main_thread and signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
+        return interrupted()
     finally:
+        storage.given_up = lambda: control.stopped
         if main_thread:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
 
 def _trial_name(trial: Any) -> str:
-    return trial_name(trial.config["number"], trial.config["attempt"])
+    return checkpoints.trial_name(trial.config["number"], trial.config["attempt"])
 
 
 def _report(

@@ -1,7 +1,10 @@
 """SIGTERM to a trial's worker: its machine is wanted back.
 
 A worker that trains hears of it between two steps, keeps what it has of the epoch, and ends; Ray Tune starts the trial
-again, here or elsewhere. One that does not train has nothing to keep, and ends at once.
+again, here or elsewhere. One that waits until it can tell an epoch keeps that. One that does neither ends at once.
+
+Only a worker that lives can save: Ray's workers end a tenth of a second after their node's raylet. Whoever takes a
+machine back signals the workers first (``pkill -TERM -f ray::QafeTrial``), and gives them time for a step.
 """
 
 from __future__ import annotations
@@ -45,18 +48,15 @@ class Preemption:
 
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
-        """The block trains: it looks at ``asked`` and leaves by itself; what it raises then is of no account."""
+        """The block trains, and tells what it has trained: it looks at ``asked`` and leaves by itself. What it raises
+        once it is asked is of no account."""
         self._trains = True
         try:
             yield
-        except Exception:  # SIGTERM to all of a machine's processes ends those that read clips, too
-            if self.asked:
-                self.leave()
-            raise
         finally:
             self._trains = False
-        if self.asked:
-            self.leave()
+            if self.asked:  # SIGTERM to all of a machine's processes ends those that read clips, too
+                self.leave()
 
     @staticmethod
     def leave() -> NoReturn:

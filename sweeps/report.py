@@ -96,7 +96,7 @@ def summarise(study: optuna.Study, folder: Path, runs: Mapping[int, str]) -> lis
         rows.append(
             TrialSummary(
                 number=trial.number,
-                state=_state(trial),
+                state=state_of(trial),
                 objective=objective,
                 epochs=max(values, default=0),
                 settings=_shown(trial.params),
@@ -108,7 +108,7 @@ def summarise(study: optuna.Study, folder: Path, runs: Mapping[int, str]) -> lis
                 seconds=float(trial.user_attrs.get(SECONDS, 0.0)),
                 ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
                 stretches=stretches_of(trial),
-                failure=_failure(trial),
+                failure=failure_of(trial),
             )
         )
     return sorted(rows, key=lambda row: (row.objective is None, -(row.objective or 0.0), not row.pareto, row.number))
@@ -119,14 +119,15 @@ def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: Path(value).name if name in PATH_SETTINGS and value else value for name, value in settings.items()}
 
 
-def _state(trial: FrozenTrial) -> str:
+def state_of(trial: FrozenTrial) -> str:
     """How people call what became of a trial."""
     if trial.state == TrialState.FAIL and trial.user_attrs.get(FAILURE, DIVERGED) == DIVERGED:
         return "pruned"  # the study heard of a failure because it could not take it as pruned
     return STATES[trial.state]
 
 
-def _failure(trial: FrozenTrial) -> str:
+def failure_of(trial: FrozenTrial) -> str:
+    """A failure's class and that of the error; empty if there was none."""
     kind = trial.user_attrs.get(FAILURE, "")
     error = str(trial.user_attrs.get(REASON, "")).partition(":")[0]
     return f"{kind}: {error}" if kind and re.fullmatch(r"\w+", error) else str(kind)

@@ -130,8 +130,6 @@ def _main(options: argparse.Namespace) -> int:
                 "Leave it out."
             )
         _check_resumable(plan, options)
-        if plan.bucket:
-            Bucket(plan.bucket, plan.name).check()
         if options.extend is not None:
             base, pinned = dotted.from_json(plan.config_json), frozenset(plan.pinned)
             plan = dataclasses.replace(plan, trials=planned_trials(sweep, plan.trials + options.extend, base, pinned))
@@ -149,6 +147,8 @@ def _main(options: argparse.Namespace) -> int:
 
     new = not options.resume and options.extend is None
     try:
+        if plan.bucket:
+            Bucket(plan.bucket, plan.name).claim(plan.id)
         return run_sweep(plan, sweep, address=options.address, json_file=options.json, notify=options.notify)
     except ConfigError:
         if new and not (Path(plan.folder) / SPOOL_FILE).exists():  # Nothing has begun: the name is free again.

@@ -50,9 +50,10 @@ class Closing(NamedTuple):
     """Why no trial is begun any more, though some are planned.
 
     ``data``: a trial found what every trial would find. ``budget``: the hours of ``--budget-gpu-hours`` are used.
+    ``storage``: checkpoints cannot be read any more.
     """
 
-    kind: Literal["data", "budget"]
+    kind: Literal["data", "budget", "storage"]
     reason: str
 
 

@@ -4,52 +4,106 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from qafe.errors import QafeError
-
 from . import checkpoints
-from .bucket import Bucket, patiently
+from .bucket import Bucket, left_after, may_pass, patiently
+
+LOOK_S = 30.0
 
 
 class Storage:
     """A sweep's checkpoints, for its driver and its workers.
 
     Where they are in a bucket, the driver's own folder gets of each trial that ends what people and MLflow want of it.
-    What cannot be deleted just now is no reason to stop.
+    A bucket that is away is waited for; what cannot be deleted just now is no reason to wait.
 
     Args:
         folder: the sweep's; its last part is the sweep's name.
         url: of the bucket where sweeps have their checkpoints; empty if that is the folder.
-        tell: hears when the bucket is away.
+
+    Attributes:
+        given_up: whether nobody wants to wait for the bucket any more.
     """
 
-    def __init__(self, folder: Path, url: str = "", tell: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, folder: Path, url: str = "") -> None:
         self.folder = folder
         self.bucket = Bucket(url, folder.name) if url else None
-        self.tell = tell
+        self.given_up: Callable[[], bool] = lambda: False
+
+    @contextlib.contextmanager
+    def watched(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """Within the block, people are told when the bucket goes away, and when it is back.
+
+        Its driver asks it for something only when a trial ends, and the workers that wait for it have no voice.
+        """
+        ended = threading.Event()
+
+        def look(bucket: Bucket) -> None:
+            away = False
+            while not ended.wait(LOOK_S):
+                try:
+                    bucket.begun_epoch(0)
+                except OSError as err:
+                    if not away:
+                        reason = " ".join(str(err).split())
+                        tell(f"--storage does not answer; trials wait for it, nothing is lost ({reason})")
+                    away = True
+                else:
+                    if away:
+                        tell("--storage answers again.")
+                    away = False
+
+        if self.bucket:
+            threading.Thread(target=look, args=(self.bucket,), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def wait_until_it_answers(self) -> None:
+        """Asks the bucket, if there is one, until it answers.
+
+        Raises:
+            OSError: it refuses, or nobody waits any more.
+        """
+        if bucket := self.bucket:
+            patiently(lambda: bucket.begun_epoch(0), self.given_up)
 
     def last(self, number: int) -> Path | None:
-        """A trial's newest checkpoint that has a seal, in the sweep's folder."""
+        """A trial's newest checkpoint that has a seal, in the sweep's folder.
+
+        Raises:
+            OSError: the bucket refuses; nobody waits for it any more; or the disk is full.
+        """
         if bucket := self.bucket:
-            try:
-                patiently(lambda: bucket.fetch_last(number, self.folder), self.tell)
-            except OSError as err:
-                reason = " ".join(str(err).split())
-                raise QafeError(f"checkpoints must be read from --storage, {bucket.url} gives: {reason}.") from err
+            patiently(lambda: bucket.fetch_last(number, self.folder), self.given_up)
         return checkpoints.last(self.folder, number)
 
     @contextlib.contextmanager
-    def at_hand(self, number: int) -> Iterator[tuple[Iterator[Path], Path]]:
-        """A trial's checkpoints, newest first, and a folder with the beginning of its next epoch, if there is one."""
-        if bucket := self.bucket:
-            with tempfile.TemporaryDirectory() as name:
-                folder = Path(name)
-                patiently(lambda: bucket.fetch_begun_epoch(number, folder), self.tell)
-                yield bucket.folders(number, folder), folder
-        else:
-            yield checkpoints.folders(self.folder, number), self.folder
+    def at_hand(
+        self, number: int, *, epochs: int, whole: int, known: Path | None
+    ) -> Iterator[tuple[Path | None, Path | None]]:
+        """Folders with what a trial goes on from: its checkpoint, and the beginning of the next epoch.
+
+        Args:
+            epochs, whole, known: as of `checkpoints.newest`.
+        """
+        with contextlib.ExitStack() as stack:
+            folder, found = self.folder, checkpoints.folders(self.folder, number)
+            if bucket := self.bucket:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                patiently(lambda: bucket.fetch_begun_epoch(number, folder))
+
+            def newest() -> Path | None:
+                each = self.bucket.folders(number, folder) if self.bucket else found
+                return checkpoints.newest(each, epochs=epochs, whole=whole, known=known)
+
+            checkpoint = patiently(newest)
+            after = checkpoints.epoch_of(checkpoint) if checkpoint else 0
+            yield checkpoint, checkpoints.begun_epoch(folder, number, after=after)
 
     @contextlib.contextmanager
     def leaving(self, number: int) -> Iterator[Path]:
@@ -62,24 +116,25 @@ class Storage:
             with checkpoints.leaving(self.folder, number) as folder:
                 yield folder
 
-    def has_begun(self, number: int, *, after: int) -> bool:
-        """Whether a worker has left the beginning of the epoch that follows so many."""
+    def left(self, number: int, *, after: int) -> str:
+        """The seal of the beginning of the epoch that follows so many; empty if no worker has left one."""
         if self.bucket:
             with contextlib.suppress(OSError):
-                return self.bucket.has_begun_epoch(number)
-            return False
-        return checkpoints.begun_epoch(self.folder, number, after=after) is not None
+                seal = self.bucket.begun_epoch(number)
+                return seal if left_after(seal) == after else ""
+            return ""
+        begun = checkpoints.begun_epoch(self.folder, number, after=after)
+        return (begun / checkpoints.SEAL_FILE).read_text() if begun else ""
 
     def drop_begun(self, number: int) -> None:
         """Forgets the beginning of an epoch; there may be none."""
+        checkpoints.drop_begun_epoch(self.folder, number)
         if self.bucket:
             with contextlib.suppress(OSError):
                 self.bucket.drop_begun_epoch(number)
-        else:
-            checkpoints.drop_begun_epoch(self.folder, number)
 
     def drop_old(self, number: int, keep: int) -> None:
-        """Deletes all but a trial's newest checkpoints."""
+        """Deletes what is older than a trial's newest whole checkpoints."""
         if self.bucket:
             with contextlib.suppress(OSError):
                 self.bucket.drop_old(number, keep)
@@ -95,3 +150,7 @@ class Storage:
             except OSError:
                 return False
         return True
+
+    def waits(self, err: OSError) -> bool:
+        """Whether an error is of a bucket that may be back in a while."""
+        return self.bucket is not None and may_pass(err)

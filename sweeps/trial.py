@@ -25,7 +25,8 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,8 +45,7 @@ from qafe.history import ExpressionHistory, History, read_history, write_history
 from qafe.store import Store
 from qafe.train import EpochResult, Save, fit
 
-from .bucket import may_pass
-from .checkpoints import begun_epoch, newest, seal
+from .checkpoints import seal
 from .control import FULL, Control
 from .monitor import monitor
 from .preemption import PREEMPTION
@@ -164,13 +164,16 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
     number, storage = parameters["number"], Storage(Path(plan.folder), plan.bucket)
     parts = {expression: cohort.only(expression) for expression in plan.expressions}
     saves: dict[str, Save] = {}
+    done = 0  # epochs that have been told
 
-    def heed(expression: str, save: Save) -> None:
-        saves[expression] = save
+    def heed(expression: str = "", save: Save | None = None) -> None:
+        """Between two steps, and while an epoch cannot be told."""
+        if save is not None:
+            saves[expression] = save
         if PREEMPTION.asked:
-            _leave(config, history, saves, storage, number)
+            _leave(config, saves, storage, number, done)
 
-    def started(left: list[Path], done: int) -> dict[str, Iterator[EpochResult]]:
+    def started(left: list[Path]) -> dict[str, Iterator[EpochResult]]:
         return {
             expression: fit(
                 config,
@@ -186,14 +189,15 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
             for expression, part in parts.items()
         }
 
-    with storage.at_hand(number) as (found, folder):
-        known = tune.get_checkpoint()
-        known_as = known and Path(known.path)
-        whole = newest(found, epochs=parameters["epochs"], whole=config.train.epochs, known=known_as)
+    known = tune.get_checkpoint()
+    known_as = known and Path(known.path)
+    with storage.at_hand(number, epochs=parameters["epochs"], whole=config.train.epochs, known=known_as) as (
+        whole,
+        begun,
+    ):
         if whole is not None:
             history = read_history(whole)
-        done = len(history[plan.expressions[0]].epochs) if history else 0
-        begun = begun_epoch(folder, number, after=done)
+            done = len(history[plan.expressions[0]].epochs)
         left = [each for each in (begun, whole) if each is not None]
         if left:
             held = dotted.from_json((left[0] / CONFIG_FILE).read_text())
@@ -202,21 +206,27 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
                     config, {"train.batch_size": held.train.batch_size, "train.accumulate": held.train.accumulate}
                 )
         try:
-            runs = started(left, done)
+            runs = started(left)
         except PrecisionError:  # another kind of GPU: half of each would be neither's result
-            history, done, runs = {}, 0, started([], 0)
+            history, done = {}, 0
+            storage.drop_begun(number)
+            runs = started([])
     for expression, part in parts.items():
         history.setdefault(expression, ExpressionHistory.start(part.validation))
-    for _ in range(done, config.train.epochs):
+    while done < config.train.epochs:
         results: dict[str, EpochResult] = {}
-        saves.clear()
-        with PREEMPTION.heeded():
-            for expression, run in runs.items():
-                results[expression] = next(run)
-                heed(expression, results[expression].save)
-        for expression, result in results.items():
-            history[expression].add(result)
-        _keep(config, history, results, storage, number)
+        try:
+            with PREEMPTION.heeded():
+                for expression, run in runs.items():
+                    results[expression] = next(run)
+                    saves[expression] = results[expression].save
+                heed()
+                for expression, result in results.items():
+                    history[expression].add(result)
+                _keep(config, history, results, storage, number, heed)
+        finally:
+            saves.clear()  # they hold the models
+        done += 1
         if begun is not None:
             storage.drop_begun(number)
             begun = None
@@ -230,20 +240,29 @@ def _dataset(root: str) -> tuple[Store, Manifest]:
     return store, read_manifest(store)
 
 
-def _leave(config: Config, history: History, saves: dict[str, Save], storage: Storage, number: int) -> NoReturn:
+def _leave(config: Config, saves: dict[str, Save], storage: Storage, number: int, done: int) -> NoReturn:
     """Keeps an epoch's beginning, and ends this process. Where that fails, the epoch is trained again."""
     with contextlib.suppress(OSError, QafeError), storage.leaving(number) as folder:
         (folder / CONFIG_FILE).write_text(dotted.to_json(config))
         for expression, save in saves.items():
             save(folder / expression)
-        seal(folder, len(next(iter(history.values())).epochs))
+        seal(folder, done, left=uuid.uuid4().hex)
+        if not has_room(folder):
+            raise OSError(errno.ENOSPC, "the sweep's own records need the room")
     PREEMPTION.leave()
 
 
-def _keep(config: Config, history: History, results: dict[str, EpochResult], storage: Storage, number: int) -> None:
+def _keep(
+    config: Config,
+    history: History,
+    results: dict[str, EpochResult],
+    storage: Storage,
+    number: int,
+    heed: Callable[[], None],
+) -> None:
     """Writes an epoch's checkpoint and reports both; waits where the disk is full, or the bucket away."""
     epoch = next(iter(results.values())).epoch
-    control = Control(storage.folder)
+    control = None if storage.bucket else Control(storage.folder)  # a bucket's workers do not see the folder
     full = f"{FULL}-{number}"
     while True:
         try:
@@ -255,21 +274,24 @@ def _keep(config: Config, history: History, results: dict[str, EpochResult], sto
                     result.save(folder / expression, synced=False)  # Ray's copy of it is what stays
                 seal(folder, epoch)
                 size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                if has_room(folder if storage.bucket else storage.folder, size):
+                if control is None or has_room(storage.folder, size):
                     tune.report(
                         summary(results, history, config) | monitor().take() | {FINISHED: epoch == config.train.epochs},
                         checkpoint=tune.Checkpoint.from_directory(folder),
                     )
-                    control.withdraw(full)
-                    if storage.bucket:  # the driver would wait for each answer
-                        storage.drop_old(number, RUNNING_CHECKPOINTS)
-                    return
+                    break
         except OSError as err:
-            if err.errno not in (errno.ENOSPC, errno.EDQUOT) and not (storage.bucket and may_pass(err)):
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT) and not storage.waits(err):
                 raise
-        with contextlib.suppress(OSError):
-            control.wish(full)
+        if control is not None:
+            with contextlib.suppress(OSError):
+                control.wish(full)
+        heed()
         time.sleep(ROOM_POLL_S)
+    if control is not None:
+        control.withdraw(full)
+    else:  # the driver would wait for each answer
+        storage.drop_old(number, RUNNING_CHECKPOINTS)
 
 
 def has_room(folder: Path, size: int = 0) -> bool:

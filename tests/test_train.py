@@ -1,7 +1,9 @@
 import copy
+import gc
 import math
 import multiprocessing
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,37 @@ def test_a_run_that_is_interrupted_before_any_step_goes_on_with_the_same_numbers
         for ours, theirs in zip(rest, whole[moment // steps :], strict=True):
             assert (ours.train_loss, ours.lr, ours.metrics) == (theirs.train_loss, theirs.lr, theirs.metrics)
             assert (ours.best_epoch, ours.best_spearman) == (theirs.best_epoch, theirs.best_spearman)
+
+
+def test_a_training_that_has_ended_keeps_no_model(quick: Config, smile: Cohort, tmp_path: Path) -> None:
+    made: list[weakref.ref[nn.Module]] = []
+
+    def run(resume_from: Path | None) -> None:
+        saves: list[Save] = []
+        for result in fit(
+            quick,
+            smile.store,
+            smile.train,
+            smile.validation,
+            device=torch.device("cpu"),
+            resume_from=resume_from,
+            heard=0,
+            between_steps=lambda save: saves.clear(),
+        ):
+            made.append(weakref.ref(result.save.__self__.model))  # type: ignore[attr-defined]
+            result.save(tmp_path)
+
+    run(None)  # what torch imports in the first training holds its frames
+    made.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        run(None)
+        run(tmp_path)
+        assert made
+        assert not [ref for ref in made if ref() is not None]
+    finally:
+        gc.enable()
 
 
 def test_a_result_that_was_not_heard_is_given_again(quick: Config, smile: Cohort, tmp_path: Path) -> None:

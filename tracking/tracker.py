@@ -58,11 +58,13 @@ class SweepTracker:
         past = list(self.spool.entries())
         self._started = {entry["trial"] for entry in past if entry["kind"] == "trial"}
         self._running: set[str] = set()
+        self._ended: dict[str, TrialState] = {}
         for entry in past:
             if entry["kind"] == "trial":
                 self._running.add(entry["trial"])
             elif entry["kind"] == "trial_end":
                 self._running.discard(entry["trial"])
+                self._ended[entry["trial"]] = entry["state"]
         self._seen = {(entry["trial"], entry["step"]) for entry in past if entry["kind"] == "epoch"}
         self._sender = Sender(self.spool)
         self._stop = threading.Event()
@@ -128,6 +130,7 @@ class SweepTracker:
         if trial not in self._started:
             return
         self._running.discard(trial)
+        self._ended[trial] = state
         self._append(
             kind="trial_end",
             trial=trial,
@@ -137,6 +140,10 @@ class SweepTracker:
             trace=trace,
             epochs=max((step for number, step in self._seen if number == trial), default=0),
         )
+
+    def ended_as(self, trial: str) -> TrialState | None:
+        """How a trial ended last; None if that was never said."""
+        return self._ended.get(trial)
 
     def trial_tags(self, trial: str, tags: Mapping[str, str]) -> None:
         """Notes about a trial that runs."""

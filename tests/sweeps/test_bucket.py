@@ -1,22 +1,34 @@
 """sweeps/bucket.py and sweeps/storage.py against a real S3 server."""
 
+import errno
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from qafe.errors import QafeError
+from qafe.errors import ConfigError
 from qafe.train import BEST_FILE, STATE_FILE
 from sweeps import bucket as bucket_module
+from sweeps import storage as storage_module
 from sweeps.bucket import Bucket, may_pass
-from sweeps.checkpoints import SEAL_FILE, begun_epoch, newest, seal
+from sweeps.callbacks import TrackTrials
+from sweeps.checkpoints import SEAL_FILE, newest, seal
+from sweeps.control import Control
+from sweeps.driver import _settle
 from sweeps.run import main
+from sweeps.searcher import StudySearcher
 from sweeps.status import main as status
 from sweeps.stop import main as stop
 from sweeps.storage import Storage
+from sweeps.studies import STUDIES
 from tests.sweeps.object_store import object_store
-from tests.tracking.stores import embedded, free_port
+from tests.sweeps.plans import finish, plan_in
+from tests.tracking.stores import embedded
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +110,11 @@ def test_the_driver_gets_the_last_whole_checkpoint_without_its_state(filled: Buc
 def test_old_and_superfluous_files_go(filled: Bucket, tmp_path: Path) -> None:
     storage = Storage(tmp_path / "s-1", filled.url)
     storage.drop_old(7, 2)
-    assert sorted(filled._places(7)) == ["trial_007.10/checkpoint_000000", "trial_007.10/checkpoint_000001"]
+    half = "trial_007.10/checkpoint_000001"
+    assert sorted(filled._places(7)) == ["trial_007.1/checkpoint_000000", "trial_007.10/checkpoint_000000", half]
+    storage.drop_old(8, 2)
+    assert storage.thin(7, keep_best=True)
+    assert list(filled._places(7)) == ["trial_007.10/checkpoint_000000"], "the last whole one"
     storage.last(70)
     assert storage.thin(70, keep_best=True)
     kept = {"history.json", SEAL_FILE, f"smile/{BEST_FILE}"}
@@ -112,63 +128,85 @@ def test_old_and_superfluous_files_go(filled: Bucket, tmp_path: Path) -> None:
 
 def test_the_beginning_of_an_epoch_is_left_and_found(bucket: Bucket, tmp_path: Path) -> None:
     storage = Storage(tmp_path / "s-1", bucket.url)
+    upload(bucket, checkpoint(tmp_path / "made", 3), "trial_007/checkpoint_000002")
     for after in (2, 3):
         with storage.leaving(7) as folder:
             checkpoint(folder / "x", after, sealed=False).rename(folder / "y")
             seal(folder, after)
-    with storage.at_hand(7) as (found, folder):
-        assert list(found) == []
-        assert begun_epoch(folder, 7, after=2) is None
-        left = begun_epoch(folder, 7, after=3)
-        assert left is not None
-        assert (left / "y" / "smile" / STATE_FILE).read_text() == f"{STATE_FILE} 3"
-    assert storage.has_begun(7, after=3)
+
+    def found(epochs: int) -> tuple[str, str]:
+        with storage.at_hand(7, epochs=epochs, whole=9, known=None) as (whole, begun):
+            text = (begun / "y" / "smile" / STATE_FILE).read_text() if begun else ""
+            return (whole / "history.json").read_text() if whole else "", text
+
+    assert found(3) == ("3", f"{STATE_FILE} 3")
+    assert found(2) == ("", ""), "it follows another epoch"
+    assert storage.left(7, after=3) == bucket.begun_epoch(7)
+    assert storage.left(7, after=2) == storage.left(8, after=3) == ""
     storage.drop_begun(7)
-    assert not storage.has_begun(7, after=3)
-    with storage.at_hand(7) as (_, folder):
-        assert begun_epoch(folder, 7, after=3) is None
+    assert storage.left(7, after=3) == ""
+    assert found(3) == ("3", "")
 
 
-def test_a_store_that_sleeps_is_waited_for(
-    filled: Bucket, store: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bucket_module, "RETRY_S", 0.1)
-    port = free_port()
-    with monkeypatch.context() as away:
-        away.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        nowhere = Bucket(filled.url, "s-1")
-    told: list[str] = []
-    storage = Storage(tmp_path / "s-1", filled.url, told.append)
+def test_a_store_that_sleeps_is_waited_for(filled: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_module, "RETRY_S", 0.05)
+    monkeypatch.setattr(storage_module, "LOOK_S", 0.05)
+    storage = Storage(tmp_path / "s-1", filled.url)
     assert storage.bucket is not None
-    awake = storage.bucket.store
-    storage.bucket.store = nowhere.store
+    connected, awake = storage.bucket._connected, threading.Event()
+
+    def connect(_: Bucket) -> object:
+        if not awake.is_set():
+            raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7")
+        return connected
+
+    monkeypatch.setattr(Bucket, "_connected", property(connect))
+    assert storage.left(7, after=1) == ""
+    assert not storage.thin(7, keep_best=True)
+    storage.drop_old(7, 1)
+    storage.drop_begun(7)
+    storage.given_up = lambda: True
+    with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+        storage.last(7)
+    storage.given_up = lambda: False
+    told: list[str] = []
 
     def hear(text: str) -> None:
         told.append(text)
-        assert storage.bucket is not None
-        storage.bucket.store = awake
+        awake.set()
 
-    storage.tell = hear
-    assert storage.last(7) is not None
+    with storage.watched(hear):
+        assert storage.last(7) is not None
+        for _ in range(100):
+            if len(told) == 2:
+                break
+            time.sleep(0.05)
     assert ["does not answer" in told[0], "answers again" in told[1]] == [True, True]
-    assert len(told) == 2
+    assert len(list(filled._places(7))) == 5
 
 
 def test_a_store_that_refuses_is_not_waited_for(store: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="NO_SUCH_BUCKET") as caught:
         Bucket("s3://nobodys/x", "s-1").leave_begun_epoch(7, checkpoint(tmp_path / "made", 1))
     assert not may_pass(caught.value)
-    for kind in ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH"):
-        assert not may_pass(OSError(f"AWS Error {kind} during PutObject operation"))
-    assert may_pass(OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 7"))
+    for kind in (
+        "ACCESS_DENIED",
+        "INVALID_ACCESS_KEY_ID",
+        "SIGNATURE_DOES_NOT_MATCH",
+        "UNKNOWN (HTTP status 400)",
+    ):
+        assert not may_pass(OSError(f"When reading in bucket 'a': AWS Error {kind} during PutObject operation")), kind
+    assert may_pass(OSError("When reading in bucket 'ACCESS_DENIED': AWS Error NETWORK_CONNECTION during PutObject"))
+    assert not may_pass(OSError(errno.ENOSPC, "No space left on device"))
 
-    def refuse(*_: object) -> None:
-        raise OSError("AWS Error ACCESS_DENIED during ListObjectsV2 operation")
 
-    storage = Storage(tmp_path / "s-1", "s3://sweeps/x")
-    monkeypatch.setattr(storage.bucket, "fetch_last", refuse)
-    with pytest.raises(QafeError, match="s3://sweeps/x gives: AWS Error ACCESS_DENIED"):
-        storage.last(7)
+def test_a_place_has_one_sweep(bucket: Bucket, tmp_path: Path) -> None:
+    assert not bucket.check()
+    bucket.claim("one")
+    bucket.claim("one")
+    assert bucket.check()
+    with pytest.raises(ConfigError, match="another s-1 is in"):
+        bucket.claim("two")
 
 
 def test_bad_places_are_refused_in_one_line(
@@ -178,9 +216,15 @@ def test_bad_places_are_refused_in_one_line(
     flags += ["--tracking-uri", embedded(tmp_path)]
     upload(bucket, checkpoint(tmp_path / "made", 1), "trial_000/checkpoint_000000")
     refused = {
-        "s3://nobodys/x": "the workers must be able to write to --storage, s3://nobodys/x gives: ",
+        "s3://nobodys/x": "the sweep must be able to use --storage, s3://nobodys/x gives: ",
         "gs://somewhere/x": "--storage must be a folder that all workers see or s3://BUCKET/PREFIX, got gs://somewhere/x",
         "s3://key:secret@sweeps/x": "--storage must hold no password",
+        "S3://key:secret@sweeps/x": "--storage must hold no password",
+        "s3://key:sec/ret@sweeps/x": "--storage must hold no password",
+        "s3://": "s3://BUCKET/PREFIX, got s3://. ",
+        "s3://sweeps/a//b": "s3://BUCKET/PREFIX, got s3://sweeps/a//b. ",
+        "s3://sweeps/./b": "s3://BUCKET/PREFIX, got s3://sweeps/./b. ",
+        "s3://[sweeps/b": "s3://BUCKET/PREFIX, got s3://[sweeps/b. ",
         bucket.url: f"a sweep's name must be new, s-1 is in {bucket.url}",
     }
     for url, line in refused.items():
@@ -188,6 +232,51 @@ def test_bad_places_are_refused_in_one_line(
         said = capsys.readouterr().err
         assert line in said
         assert len(said.strip().splitlines()) == 1
-        assert "key:secret" not in said
+        assert "key:sec" not in said
     assert stop(["s-1", "--storage", "s3://sweeps/x"]) == status(["--storage", "s3://sweeps/x"]) == 2
     assert capsys.readouterr().err.count("a sweep's folder is on the machine that drives it") == 2
+
+
+def test_each_left_epoch_excuses_one_lost_worker(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    track = TrackTrials.__new__(TrackTrials)
+    track.storage, track.control, track._left = storage, Control(tmp_path), {}
+    trial: Any = SimpleNamespace(
+        config={"number": 7, "epochs": 2}, last_result=None, run_metadata=SimpleNamespace(num_failures=1)
+    )
+
+    def leave(after: int) -> None:
+        with storage.leaving(7) as folder:
+            seal(folder, after, left=uuid.uuid4().hex)
+
+    def failures() -> int:
+        trial.run_metadata.num_failures += 1
+        track.on_trial_recover(0, [trial], trial)
+        return int(trial.run_metadata.num_failures)
+
+    assert failures() == 2
+    leave(after=2)
+    assert [failures(), failures(), failures()] == [0, 1, 2], "the others had another cause"
+    leave(after=2)
+    assert failures() == 0
+    leave(after=1)
+    assert failures() == 1, "it is of an earlier epoch"
+
+
+def test_what_a_dead_driver_has_not_told_is_told(filled: Bucket, tmp_path: Path) -> None:
+    plan = plan_in(tmp_path, bucket=filled.url)
+    searcher = StudySearcher(plan, STUDIES["fusion_search"])
+    for number in range(9):
+        searcher.suggest(str(number))
+    for number in (7, 8):
+        finish(searcher, str(number), 0.5)
+    told: list[tuple[str, str, Path | None]] = []
+    tracker: Any = SimpleNamespace(
+        ended_as=lambda trial: "finished" if trial == "8" else None,
+        trial_ended=lambda trial, state, *, folder, reason: told.append((trial, state, folder)),
+    )
+    _settle(plan, searcher.study, tracker, Storage(Path(plan.folder), plan.bucket))
+    fetched = Path(plan.folder) / "trial_007.10" / "checkpoint_000000"
+    assert told == [("7", "finished", fetched)]
+    assert (fetched / "smile" / BEST_FILE).exists()
+    assert (Path(plan.folder) / "trial_008" / "checkpoint_000000" / "history.json").exists()

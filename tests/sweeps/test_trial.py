@@ -135,17 +135,17 @@ def test_a_preempted_trial_goes_on_in_the_middle_of_its_epoch(
     through = Asking()
     train(through)
     undisturbed = list(told)
-    looks = through.looks // 4  # two expressions in two epochs: before each step, and behind the last one
-    assert looks > 2
-    for number, nth in enumerate((1, 2, looks, looks + 1, looks + 2, 2 * looks, 2 * looks + 2, 4 * looks - 1)):
+    steps = (through.looks - 2) // 4  # two expressions in two epochs: before each step, and once behind both
+    assert steps > 1
+    epoch = 2 * steps + 1
+    for number, nth in enumerate((1, 2, steps, steps + 1, steps + 2, epoch - 1, epoch, epoch + 1, 2 * epoch)):
         told.clear()
         folder = tmp_path / str(number)
         with pytest.raises(Left):
             train(Asking(nth))
-        assert len(told) == (nth - 1) // (2 * looks)
+        assert len(told) == (nth - 1) // epoch
         again = Asking()
         train(again)
         assert told == undisturbed
-        second = (nth - 1) // looks % 2  # the first expression's result is only given again
-        assert again.looks == 4 * looks - (nth - 1) + second, "only the rest is trained"
+        assert again.looks == 2 * epoch - (nth - 1), "only the rest is trained"
         assert not preempted(folder, 0).exists()
