@@ -262,9 +262,11 @@ def _keep(
 ) -> None:
     """Writes an epoch's checkpoint and reports both; waits where the disk is full, or the bucket away."""
     epoch = next(iter(results.values())).epoch
-    control = None if storage.bucket else Control(storage.folder)  # a bucket's workers do not see the folder
+    # Workers that have a bucket may not see the folder, or not be allowed to write there.
+    control = Control(storage.folder) if not storage.bucket or os.access(storage.folder, os.W_OK) else None
     full = f"{FULL}-{number}"
     while True:
+        away = False
         try:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
@@ -274,23 +276,24 @@ def _keep(
                     result.save(folder / expression, synced=False)  # Ray's copy of it is what stays
                 seal(folder, epoch)
                 size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                if control is None or has_room(storage.folder, size):
+                if storage.bucket or has_room(storage.folder, size):
                     tune.report(
                         summary(results, history, config) | monitor().take() | {FINISHED: epoch == config.train.epochs},
                         checkpoint=tune.Checkpoint.from_directory(folder),
                     )
                     break
         except OSError as err:
-            if err.errno not in (errno.ENOSPC, errno.EDQUOT) and not storage.waits(err):
+            away = storage.waits(err)
+            if not away and (control is None or err.errno not in (errno.ENOSPC, errno.EDQUOT)):
                 raise
-        if control is not None:
+        if control is not None and not away:
             with contextlib.suppress(OSError):
                 control.wish(full)
         heed()
         time.sleep(ROOM_POLL_S)
     if control is not None:
         control.withdraw(full)
-    else:  # the driver would wait for each answer
+    if storage.bucket:  # the driver would wait for each answer
         storage.drop_old(number, RUNNING_CHECKPOINTS)
 
 
