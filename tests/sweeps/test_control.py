@@ -29,6 +29,7 @@ from sweeps.folder import LOCK_FILE
 from sweeps.plan import Plan
 from sweeps.results import OBJECTIVE
 from sweeps.searcher import Pause, StudyScheduler, StudySearcher
+from sweeps.storage import Storage
 from sweeps.studies import STUDIES
 from sweeps.study import own_trials, read_study
 from tests.sweeps.test_status import half_done, make_sweep, result
@@ -210,7 +211,9 @@ def test_a_paused_driver_notices_within_two_seconds_and_sleeps_meanwhile(
     threading.Timer(4.0, wish).start()
     deadline = began + (4.0 if ending == "budget" else 99)
     cohort: Any = None  # only trials that start are asked for their split
-    driver._run_and_pause(steered.plan, cohort, steered.searcher, tracker, control, deadline)
+    driver._run_and_pause(
+        steered.plan, cohort, steered.searcher, tracker, control, Storage(Path(steered.plan.folder)), deadline
+    )
     waited = (rounds[1] if ending == "continue" else time.monotonic()) - began
     assert 4.0 <= waited < 6.0
     assert time.process_time() - used < 1.0
