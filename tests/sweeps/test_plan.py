@@ -130,8 +130,3 @@ def test_a_diff_of_the_source_has_the_products_own_files_alone(tmp_path: Path, m
     diff = (tmp_path / "source" / "source.diff").read_text()
     assert "sweeps/provenance.py" in diff
     assert "labels" not in diff
-
-
-def test_a_bucket_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fusion_search", "--storage", "s3://bucket/sweeps"]) == 2
-    assert "Mount the bucket" in capsys.readouterr().err
