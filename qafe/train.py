@@ -324,7 +324,13 @@ class _Run:
                 self.between_steps(self.save)
             several = count > 1 and self.config.train.loss in BATCH_LOSSES
             backward = self._backward_as_one if several else self._backward_each
-            total += backward(list(itertools.islice(batches, count)))
+            try:
+                read = list(itertools.islice(batches, count))
+            except RuntimeError:  # who ends this process may have ended the loader's first
+                if self.between_steps is not None:
+                    self.between_steps(self.save)
+                raise
+            total += backward(read)
             self._step()
         rest = list(batches)  # A loader ends its pass only when it is asked for more.
         assert not rest

@@ -7,6 +7,7 @@ as for every AWS tool (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_E
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -60,7 +61,10 @@ class Bucket:
     @functools.cached_property
     def _connected(self) -> tuple[fs.FileSystem, str]:
         """The store and the sweep's place there. For AWS itself this asks where the bucket is."""
-        store, place = fs.FileSystem.from_uri(self.url)
+        try:
+            store, place = fs.FileSystem.from_uri(self.url)
+        except ValueError as err:
+            raise ConfigError(f"--storage must be s3://BUCKET/PREFIX, got {self.url}: {err}. Mend it.") from err
         return store, f"{place.rstrip('/')}/{self.name}"
 
     @property
@@ -107,6 +111,11 @@ class Bucket:
         except OSError as err:
             raise self.refusal(err) from err
 
+    def release(self) -> None:
+        """Gives the place back, as far as the store answers."""
+        with contextlib.suppress(OSError):
+            self.store.delete_file(f"{self.root}/{OWNER_FILE}")
+
     def refusal(self, err: OSError) -> ConfigError:
         """What to tell people of an error."""
         return ConfigError(
@@ -120,8 +129,8 @@ class Bucket:
             yield self._fetch(place, into)
 
     def fetch_last(self, number: int, into: Path) -> None:
-        """Fetches a trial's newest checkpoint that has a seal, but for the training's state."""
-        place = next(self._sealed(number), None)
+        """Fetches a trial's newest whole checkpoint, but for the training's state."""
+        place = self._last(number)
         if place is not None and not (into / place / SEAL_FILE).is_file():
             self._fetch(place, into, without=STATE_FILE)
 
@@ -159,7 +168,7 @@ class Bucket:
 
     def drop_old(self, number: int, keep: int) -> None:
         """Deletes what is older than a trial's newest whole checkpoints."""
-        whole = list(self._sealed(number))[:keep]
+        whole = [place for place in self._places(number) if self._whole(place)][:keep]
         places = list(self._places(number))
         for place in places[places.index(whole[-1]) + 1 :] if len(whole) == keep else []:
             self._drop(place)
@@ -167,7 +176,7 @@ class Bucket:
     def thin(self, number: int, *, keep_best: bool) -> None:
         """As `checkpoints.thin`."""
         self.drop_begun_epoch(number)
-        kept = next(self._sealed(number), None)
+        kept = self._last(number)
         for place in list(self._places(number)):
             if place != kept:
                 self._drop(place)
@@ -185,9 +194,19 @@ class Bucket:
                 if checkpoint.startswith("checkpoint_"):
                     yield f"{attempt}/{checkpoint}"
 
-    def _sealed(self, number: int) -> Iterator[str]:
-        """Those that were uploaded to the end."""
-        return (place for place in self._places(number) if SEAL_FILE in self._names(place))
+    def _last(self, number: int) -> str | None:
+        """A trial's newest whole checkpoint; of a trial that has been thinned what is left of it."""
+        sealed = [place for place in self._places(number) if SEAL_FILE in self._names(place)]
+        return next((place for place in sealed if self._whole(place)), sealed[0] if len(sealed) == 1 else None)
+
+    def _whole(self, place: str) -> bool:
+        """Whether all files are there that the seal names: Tune uploads it before some of them."""
+        files = self._files(place)
+        if SEAL_FILE not in files:
+            return False
+        with self.store.open_input_stream(f"{self.root}/{place}/{SEAL_FILE}") as content:
+            named: dict[str, str] = json.loads(content.read())["sha256"]
+        return set(named) <= set(files)
 
     def _names(self, place: str) -> set[str]:
         """What lies in a folder below the root, which may not exist."""
@@ -227,17 +246,22 @@ def left_after(seal: str) -> int:
         return -1
 
 
+def of_the_store(err: OSError) -> bool:
+    """Whether an error is the store's own, and not the disk's."""
+    return err.errno is None and not isinstance(err, FileNotFoundError)
+
+
 def may_pass(err: OSError) -> bool:
     """Whether what a store complains of may be over in a while."""
-    of_the_disk = err.errno is not None  # the store's own errors have no number
-    return not (of_the_disk or isinstance(err, FileNotFoundError) or FOR_GOOD.search(str(err)))
+    return of_the_store(err) and not FOR_GOOD.search(str(err))
 
 
-def patiently(ask: Callable[[], T], given_up: Callable[[], bool] = lambda: False) -> T:
+def patiently(ask: Callable[[], T], given_up: Callable[[], bool] = lambda: False, *, refusals: bool = False) -> T:
     """What a store answers, however long it is away.
 
     Args:
         given_up: whether nobody wants to wait any more.
+        refusals: wait for the end of these, too.
     Raises:
         OSError: it refuses, or is away and waiting was given up.
     """
@@ -245,7 +269,7 @@ def patiently(ask: Callable[[], T], given_up: Callable[[], bool] = lambda: False
         try:
             return ask()
         except OSError as err:
-            if not may_pass(err) or given_up():
+            if not (of_the_store(err) if refusals else may_pass(err)) or given_up():
                 raise
             time.sleep(RETRY_S)
 

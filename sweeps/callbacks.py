@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pickle
 import sys
 import time
 import traceback
@@ -10,6 +12,7 @@ from typing import Any
 
 import optuna
 from optuna.trial import TrialState as StudyState
+from ray import cloudpickle
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
@@ -44,6 +47,17 @@ def epochs_of(trial: Trial) -> int:
     """How many epochs the driver has heard of."""
     told = trial.last_result.get("epoch", 0) if trial.last_result else 0
     return int(max(told, trial.config["epochs"]))
+
+
+def error_of(trial: Trial) -> Exception | None:
+    """What a trial was lost of, from the driver's own disk: ``Trial.get_error`` reads the checkpoints' storage."""
+    path = trial.pickled_error_file
+    try:
+        with open(path or os.devnull, "rb") as content:
+            found = cloudpickle.load(content)
+    except (OSError, EOFError, AttributeError, ImportError, TypeError, pickle.UnpicklingError):
+        return None
+    return found if isinstance(found, Exception) else None
 
 
 class TrackTrials(Callback):
@@ -132,11 +146,7 @@ class TrackTrials(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good."""
-        error: Exception | None
-        try:
-            error = trial.get_error()
-        except OSError as err:  # it is beside the checkpoints, in a bucket that is away
-            error = err
+        error = error_of(trial)
         cause = getattr(error, "cause", error)
         frames = "".join(traceback.format_exception(error)) if error else ""
         self._end(trial, "failed", f"lost ({type(cause).__name__})", frames)
@@ -152,7 +162,8 @@ class TrackTrials(Callback):
         try:
             folder = self.storage.last(number)
         except OSError as err:  # raised, Tune would take it for the trial's own, and begin the trial again
-            self.searcher.closed = Closing("storage", f"--storage gives: {' '.join(str(err).split())}.")
+            if not self.storage.given_up():
+                self.searcher.closed = Closing("storage", f"--storage gives: {' '.join(str(err).split())}.")
             return  # the next driver tells the tracker
         self.tracker.trial_ended(
             str(number),
@@ -367,7 +378,7 @@ class TellPeople(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Says what went wrong."""
-        self._say(trial, f"failed (lost): {str(trial.get_error()).strip().splitlines()[-1]}")
+        self._say(trial, f"failed (lost): {(str(error_of(trial)).strip().splitlines() or [''])[-1]}")
 
     def _say(self, trial: Trial, what: str) -> None:
         now = self.pace.progress()

@@ -154,13 +154,14 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     """All trials, then the report; KeyboardInterrupt if Ctrl-C or ``sweeps.stop`` ended the trials early."""
     started = time.monotonic()
     control, storage = Control(Path(plan.folder)), Storage(Path(plan.folder), plan.bucket)
+    storage.given_up = lambda: control.stopped
     places = _places(plan)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(places)  # else Ray starts one worker after the other
     searcher = StudySearcher(plan, sweep, places)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
-    _settle(plan, searcher.study, tracker, storage)
     refresh = RefreshReport(plan, cohort, tracker)
     with storage.watched(say):
+        _settle(plan, searcher.study, tracker, storage)
         _run_and_pause(plan, cohort, searcher, tracker, control, storage, deadline, refresh)
     refresh.close()
     if searcher.closed and searcher.closed.kind == "storage":
@@ -198,7 +199,8 @@ def _settle(plan: Plan, study: optuna.Study, tracker: SweepTracker, storage: Sto
         name, state = str(trial.number), cast(TrialState, report.state_of(trial))
         heard = tracker.ended_as(name) == state
         try:
-            folder = checkpoints.last(storage.folder, trial.number) or storage.last(trial.number)
+            here = checkpoints.last(storage.folder, trial.number) if heard else None  # it may be of an earlier driver
+            folder = here or storage.last(trial.number)
         except OSError as err:
             raise _storage_error(plan, f"--storage gives: {' '.join(str(err).split())}.") from err
         if not heard:
@@ -252,7 +254,7 @@ def _run_and_pause(
             say(f"paused; go on with:  python -m sweeps.continue {plan.name}{_storage_flag(plan)}")
             try:
                 while control.paused and not control.stopped and time.monotonic() < deadline:
-                    _stop_resting(searcher, tracker, control, storage)
+                    _stop_resting(plan, searcher, tracker, control, storage)
                     people.look()
                     time.sleep(PAUSED_POLL_S)
             except KeyboardInterrupt:
@@ -263,11 +265,17 @@ def _run_and_pause(
             searcher.begin()
 
 
-def _stop_resting(searcher: StudySearcher, tracker: SweepTracker, control: Control, storage: Storage) -> None:
+def _stop_resting(
+    plan: Plan, searcher: StudySearcher, tracker: SweepTracker, control: Control, storage: Storage
+) -> None:
     """Ends the trials of a paused sweep that people stop."""
     for number in running_trials(searcher.study):
         if control.trial_stopped(number):
-            tracker.trial_ended(str(number), "pruned", folder=storage.last(number), reason=BY_HAND)
+            try:
+                folder = storage.last(number)
+            except OSError as err:
+                raise _storage_error(plan, f"--storage gives: {' '.join(str(err).split())}.") from err
+            tracker.trial_ended(str(number), "pruned", folder=folder, reason=BY_HAND)
             give_up(searcher.study, BY_HAND, only=number)
 
 
@@ -304,9 +312,9 @@ def _tune(
         """Ray's own handler puts this one back when it has heard a Ctrl-C, and leaves itself where it has not."""
         return main_thread and signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
 
-    storage.given_up = lambda: control.stopped or interrupted()
     try:
         storage.wait_until_it_answers()
+        storage.given_up = lambda: control.stopped or interrupted()
         tune.run(
             preemptible(tune.with_parameters(train_trial, plan=trial_plan)),
             name=plan.name,

@@ -51,11 +51,15 @@ class Preemption:
         """The block trains, and tells what it has trained: it looks at ``asked`` and leaves by itself. What it raises
         once it is asked is of no account."""
         self._trains = True
+        ended = False
         try:
             yield
+        except SystemExit:  # Tune ends the trial here, and makes this process ready for another: that one leaves
+            ended = True
+            raise
         finally:
             self._trains = False
-            if self.asked:  # SIGTERM to all of a machine's processes ends those that read clips, too
+            if self.asked and not ended:  # SIGTERM to all of a machine's processes ends those that read clips, too
                 self.leave()
 
     @staticmethod

@@ -145,14 +145,17 @@ def _main(options: argparse.Namespace) -> int:
 
     from .driver import run_sweep
 
-    new = not options.resume and options.extend is None
+    new, claimed = not options.resume and options.extend is None, False
     try:
         if plan.bucket:
             Bucket(plan.bucket, plan.name).claim(plan.id)
+            claimed = True
         return run_sweep(plan, sweep, address=options.address, json_file=options.json, notify=options.notify)
     except ConfigError:
         if new and not (Path(plan.folder) / SPOOL_FILE).exists():  # Nothing has begun: the name is free again.
             shutil.rmtree(plan.folder)
+            if claimed:
+                Bucket(plan.bucket, plan.name).release()
         raise
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import checkpoints
-from .bucket import Bucket, left_after, may_pass, patiently
+from .bucket import Bucket, left_after, of_the_store, patiently
 
 LOOK_S = 30.0
 
@@ -88,20 +88,26 @@ class Storage:
     ) -> Iterator[tuple[Path | None, Path | None]]:
         """Folders with what a trial goes on from: its checkpoint, and the beginning of the next epoch.
 
+        Where the trial has been told of before, a bucket that refuses is waited for, too: the trial is not lost while
+        it waits.
+
         Args:
             epochs, whole, known: as of `checkpoints.newest`.
+        Raises:
+            OSError: the bucket refuses a new trial.
         """
+        new = epochs == 0 and known is None
         with contextlib.ExitStack() as stack:
             folder, found = self.folder, checkpoints.folders(self.folder, number)
             if bucket := self.bucket:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                patiently(lambda: bucket.fetch_begun_epoch(number, folder))
+                patiently(lambda: bucket.fetch_begun_epoch(number, folder), refusals=not new)
 
             def newest() -> Path | None:
                 each = self.bucket.folders(number, folder) if self.bucket else found
                 return checkpoints.newest(each, epochs=epochs, whole=whole, known=known)
 
-            checkpoint = patiently(newest)
+            checkpoint = patiently(newest, refusals=not new)
             after = checkpoints.epoch_of(checkpoint) if checkpoint else 0
             yield checkpoint, checkpoints.begun_epoch(folder, number, after=after)
 
@@ -152,5 +158,5 @@ class Storage:
         return True
 
     def waits(self, err: OSError) -> bool:
-        """Whether an error is of a bucket that may be back in a while."""
-        return self.bucket is not None and may_pass(err)
+        """Whether an error is of the bucket. A trial that runs waits for it, come what may: it would be lost else."""
+        return self.bucket is not None and of_the_store(err)

@@ -159,6 +159,34 @@ def test_a_run_that_is_interrupted_before_any_step_goes_on_with_the_same_numbers
             assert (ours.best_epoch, ours.best_spearman) == (theirs.best_epoch, theirs.best_spearman)
 
 
+def test_a_loader_that_breaks_asks_once_more(
+    quick: Config, smile: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(quick, smile)
+    told: list[int] = []
+
+    def between(save: Save) -> None:
+        told.append(1)
+        save(tmp_path)
+
+    def breaking(loader: Any) -> Iterator[ClipBatch]:
+        for number, batch in enumerate(loader):
+            if number == 1:
+                raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qafe.train.read_batches", breaking)
+        with pytest.raises(RuntimeError, match="exited unexpectedly"):
+            next(
+                fit(
+                    quick, smile.store, smile.train, smile.validation, device=torch.device("cpu"), between_steps=between
+                )
+            )
+    assert len(told) == 3, "before two steps, and when the second had nothing to read"
+    assert [r.train_loss for r in train(quick, smile, resume_from=tmp_path)] == [r.train_loss for r in whole]
+
+
 def test_a_training_that_has_ended_keeps_no_model(quick: Config, smile: Cohort, tmp_path: Path) -> None:
     made: list[weakref.ref[nn.Module]] = []
 

@@ -366,6 +366,8 @@ class Sender:
         if entry["state"] == "pruned":
             tags[PRUNED_TAG] = str(entry.get("epochs", 0))
         self._log(client, trial, [RunTag(name, value) for name, value in tags.items()])
+        for name in {REASON_TAG, PRUNED_TAG} & client.get_run(run_id).data.tags.keys() - tags.keys():
+            client.delete_tag(run_id, name)  # of an end that was presumed
         # Before its files: should the server refuse one of them, the run has ended all the same.
         client.set_terminated(run_id, status=MLFLOW_STATUS[entry["state"]], end_time=entry["time"])
         if entry.get("trace"):

@@ -62,9 +62,11 @@ class SweepTracker:
         for entry in past:
             if entry["kind"] == "trial":
                 self._running.add(entry["trial"])
+                self._ended.pop(entry["trial"], None)
             elif entry["kind"] == "trial_end":
                 self._running.discard(entry["trial"])
-                self._ended[entry["trial"]] = entry["state"]
+                if not entry.get("presumed"):
+                    self._ended[entry["trial"]] = entry["state"]
         self._seen = {(entry["trial"], entry["step"]) for entry in past if entry["kind"] == "epoch"}
         self._sender = Sender(self.spool)
         self._stop = threading.Event()
@@ -94,6 +96,7 @@ class SweepTracker:
         """A trial begins, or goes on after a crash."""
         self._started.add(trial)
         self._running.add(trial)
+        self._ended.pop(trial, None)
         self._append(kind="trial", trial=trial, number=number, params=_texts(params), tags=dict(tags or {}))
         self._soon.set()  # somebody may wait for its run
 
@@ -121,16 +124,18 @@ class SweepTracker:
         folder: Path | None,
         reason: str = "",
         trace: str = "",
+        presumed: bool = False,
     ) -> None:
         """A trial's final state; folder is its last checkpoint, from which artifacts and figures are made, and trace
         the traceback of what ended it (``failure.txt``).
 
-        A trial that was planned and never started has no run to end.
+        A trial that was planned and never started has no run to end. An end that is ``presumed`` nobody has seen.
         """
         if trial not in self._started:
             return
         self._running.discard(trial)
-        self._ended[trial] = state
+        if not presumed:
+            self._ended[trial] = state
         self._append(
             kind="trial_end",
             trial=trial,
@@ -138,11 +143,12 @@ class SweepTracker:
             folder=self._beside(folder) if folder else "",
             reason=reason,
             trace=trace,
+            presumed=presumed,
             epochs=max((step for number, step in self._seen if number == trial), default=0),
         )
 
     def ended_as(self, trial: str) -> TrialState | None:
-        """How a trial ended last; None if that was never said."""
+        """How a trial ended; None if that was never said, or it has begun again since."""
         return self._ended.get(trial)
 
     def trial_tags(self, trial: str, tags: Mapping[str, str]) -> None:
@@ -161,7 +167,7 @@ class SweepTracker:
         """The sweep's final state; trials that nobody has ended, as after a crash, end with it."""
         for trial in sorted(self._running):
             left: TrialState = "killed" if state == "killed" else "failed"
-            self.trial_ended(trial, left, folder=None, reason="its sweep ended without it")
+            self.trial_ended(trial, left, folder=None, reason="its sweep ended without it", presumed=True)
         self._append(kind="sweep_end", state=state)
 
     def close(self, patience_s: float = 60.0) -> int:

@@ -20,6 +20,7 @@ from sweeps.callbacks import TrackTrials
 from sweeps.checkpoints import SEAL_FILE, newest, seal
 from sweeps.control import Control
 from sweeps.driver import _settle
+from sweeps.preemption import Preemption
 from sweeps.run import main
 from sweeps.searcher import StudySearcher
 from sweeps.status import main as status
@@ -105,6 +106,20 @@ def test_the_driver_gets_the_last_whole_checkpoint_without_its_state(filled: Buc
     assert last == tmp_path / "s-1" / "trial_007.10" / "checkpoint_000000"
     assert {path.name for path in last.rglob("*") if path.is_file()} == {BEST_FILE, "history.json", SEAL_FILE}
     assert storage.last(3) is None
+
+
+def test_an_upload_that_broke_off_is_no_checkpoint(filled: Bucket, tmp_path: Path) -> None:
+    torn = checkpoint(tmp_path / "torn", 5)
+    (torn / "smile" / BEST_FILE).unlink()
+    upload(filled, torn, "trial_007.10/checkpoint_000002")
+    storage = Storage(tmp_path / "s-1", filled.url)
+    last = storage.last(7)
+    assert last == tmp_path / "s-1" / "trial_007.10" / "checkpoint_000000"
+    storage.drop_old(7, 1)
+    assert storage.thin(7, keep_best=True)
+    assert list(filled._places(7)) == ["trial_007.10/checkpoint_000000"]
+    assert storage.thin(7, keep_best=False)
+    assert set(filled._files("trial_007.10/checkpoint_000000")) == {"history.json", SEAL_FILE}
 
 
 def test_old_and_superfluous_files_go(filled: Bucket, tmp_path: Path) -> None:
@@ -207,6 +222,8 @@ def test_a_place_has_one_sweep(bucket: Bucket, tmp_path: Path) -> None:
     assert bucket.check()
     with pytest.raises(ConfigError, match="another s-1 is in"):
         bucket.claim("two")
+    bucket.release()
+    bucket.claim("two")
 
 
 def test_bad_places_are_refused_in_one_line(
@@ -235,6 +252,26 @@ def test_bad_places_are_refused_in_one_line(
         assert "key:sec" not in said
     assert stop(["s-1", "--storage", "s3://sweeps/x"]) == status(["--storage", "s3://sweeps/x"]) == 2
     assert capsys.readouterr().err.count("a sweep's folder is on the machine that drives it") == 2
+
+
+def test_who_is_asked_while_tune_ends_a_trial_stays_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[str] = []
+    preemption = Preemption()
+    monkeypatch.setattr(preemption, "leave", lambda: left.append("left"))
+
+    def trial(error: BaseException | None) -> None:
+        with preemption.heeded():
+            preemption.asked = True
+            if error:
+                raise error
+
+    with pytest.raises(SystemExit):
+        trial(SystemExit(0))
+    assert not left
+    with pytest.raises(RuntimeError):
+        trial(RuntimeError("the loader's processes are gone"))
+    trial(None)
+    assert left == ["left", "left"]
 
 
 def test_each_left_epoch_excuses_one_lost_worker(tmp_path: Path) -> None:
@@ -275,6 +312,7 @@ def test_what_a_dead_driver_has_not_told_is_told(filled: Bucket, tmp_path: Path)
         ended_as=lambda trial: "finished" if trial == "8" else None,
         trial_ended=lambda trial, state, *, folder, reason: told.append((trial, state, folder)),
     )
+    checkpoint(Path(plan.folder) / "trial_007" / "checkpoint_000001", 2)  # fetched when it was interrupted
     _settle(plan, searcher.study, tracker, Storage(Path(plan.folder), plan.bucket))
     fetched = Path(plan.folder) / "trial_007.10" / "checkpoint_000000"
     assert told == [("7", "finished", fetched)]
