@@ -45,10 +45,12 @@ def smile(sample_root: Path, quick: Config) -> Cohort:
     return load_cohort(sample_root, quick.data).only("smile")
 
 
+def epochs(config: Config, cohort: Cohort, **more: Any) -> Iterator[EpochResult]:
+    return fit(config, cohort.store, cohort.train, cohort.validation, device=torch.device("cpu"), **more)
+
+
 def train(config: Config, cohort: Cohort, resume_from: Path | None = None) -> list[EpochResult]:
-    device = torch.device("cpu")
-    runs = fit(config, cohort.store, cohort.train, cohort.validation, device=device, resume_from=resume_from)
-    return list(runs)
+    return list(epochs(config, cohort, resume_from=resume_from))
 
 
 def test_training_gives_a_result_for_each_epoch(quick: Config, smile: Cohort) -> None:
@@ -142,17 +144,14 @@ def test_a_run_that_is_interrupted_before_any_step_goes_on_with_the_same_numbers
         save(tmp_path / "left")
         raise Asked
 
-    def run(**more: Any) -> Iterator[EpochResult]:
-        return fit(config, smile.store, smile.train, smile.validation, device=torch.device("cpu"), **more)
-
-    whole = list(run(between_steps=note))
+    whole = list(epochs(config, smile, between_steps=note))
     steps = len(moments) // config.train.epochs
     assert steps > 2
     for moment in moments:
         with pytest.raises(Asked):
-            next(run(resume_from=tmp_path / str(moment), between_steps=leave))
+            next(epochs(config, smile, resume_from=tmp_path / str(moment), between_steps=leave))
         torch.rand(7)
-        rest = list(run(resume_from=tmp_path / "left"))
+        rest = train(config, smile, tmp_path / "left")
         assert [r.epoch for r in rest] == [r.epoch for r in whole[moment // steps :]]
         for ours, theirs in zip(rest, whole[moment // steps :], strict=True):
             assert (ours.train_loss, ours.lr, ours.metrics) == (theirs.train_loss, theirs.lr, theirs.metrics)
@@ -178,11 +177,7 @@ def test_a_loader_that_breaks_asks_once_more(
     with monkeypatch.context() as patch:
         patch.setattr("qafe.train.read_batches", breaking)
         with pytest.raises(RuntimeError, match="exited unexpectedly"):
-            next(
-                fit(
-                    quick, smile.store, smile.train, smile.validation, device=torch.device("cpu"), between_steps=between
-                )
-            )
+            next(epochs(quick, smile, between_steps=between))
     assert len(told) == 3, "before two steps, and when the second had nothing to read"
     assert [r.train_loss for r in train(quick, smile, resume_from=tmp_path)] == [r.train_loss for r in whole]
 
@@ -192,16 +187,8 @@ def test_a_training_that_has_ended_keeps_no_model(quick: Config, smile: Cohort, 
 
     def run(resume_from: Path | None) -> None:
         saves: list[Save] = []
-        for result in fit(
-            quick,
-            smile.store,
-            smile.train,
-            smile.validation,
-            device=torch.device("cpu"),
-            resume_from=resume_from,
-            heard=0,
-            between_steps=lambda save: saves.clear(),
-        ):
+        more = {"resume_from": resume_from, "heard": 0, "between_steps": lambda save: saves.clear()}
+        for result in epochs(quick, smile, **more):
             made.append(weakref.ref(result.save.__self__.model))  # type: ignore[attr-defined]
             result.save(tmp_path)
 
@@ -219,23 +206,12 @@ def test_a_training_that_has_ended_keeps_no_model(quick: Config, smile: Cohort, 
 
 
 def test_a_result_that_was_not_heard_is_given_again(quick: Config, smile: Cohort, tmp_path: Path) -> None:
-    def run(heard: int | None = None, resume_from: Path | None = None) -> Iterator[EpochResult]:
-        return fit(
-            quick,
-            smile.store,
-            smile.train,
-            smile.validation,
-            device=torch.device("cpu"),
-            resume_from=resume_from,
-            heard=heard,
-        )
-
-    first = run()
+    first = epochs(quick, smile)
     known = next(first)
     known.save(tmp_path)
     rest = list(first)
-    assert [r.epoch for r in run(1, tmp_path)] == [r.epoch for r in run(None, tmp_path)] == [2, 3]
-    again = list(run(0, tmp_path))
+    assert [r.epoch for r in epochs(quick, smile, heard=1, resume_from=tmp_path)] == [2, 3]
+    again = list(epochs(quick, smile, heard=0, resume_from=tmp_path))
     assert [(r.epoch, r.train_loss) for r in again] == [(r.epoch, r.train_loss) for r in [known, *rest]]
     assert again[0].metrics == known.metrics
     np.testing.assert_array_equal(again[0].predictions, known.predictions)
