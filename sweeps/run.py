@@ -124,6 +124,8 @@ def _main(options: argparse.Namespace) -> int:
     if options.resume or options.extend is not None:
         plan = Plan.load(storage / (options.name or last_name(storage, find_study(options.study).name)))
         sweep = planned_sweep(plan)
+        if in_bucket:
+            Bucket(options.storage, plan.name)  # before it is shown: it may hold a password
         if in_bucket and options.storage != plan.bucket:
             raise ConfigError(
                 f"the checkpoints of {plan.name} are in {plan.bucket or plan.folder}, got --storage {options.storage}. "

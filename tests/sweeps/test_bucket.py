@@ -14,6 +14,7 @@ import pytest
 from qafe.errors import ConfigError
 from qafe.train import BEST_FILE, STATE_FILE
 from sweeps import bucket as bucket_module
+from sweeps import run
 from sweeps import storage as storage_module
 from sweeps.bucket import Bucket, may_pass
 from sweeps.callbacks import TrackTrials
@@ -227,7 +228,12 @@ def test_a_place_has_one_sweep(bucket: Bucket, tmp_path: Path) -> None:
 
 
 def test_bad_places_are_refused_in_one_line(
-    store: object, bucket: Bucket, sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: object,
+    bucket: Bucket,
+    sample_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = ["fusion_search", "--data-root", str(sample_root), "--preset", "tiny", "--name", "s-1"]
     flags += ["--tracking-uri", embedded(tmp_path)]
@@ -249,6 +255,14 @@ def test_bad_places_are_refused_in_one_line(
         said = capsys.readouterr().err
         assert line in said
         assert len(said.strip().splitlines()) == 1
+        assert "key:sec" not in said
+    monkeypatch.setattr(run, "STORAGE", tmp_path)
+    plan_in(tmp_path, "s-1", bucket=bucket.url)
+    refused = {"s3://key:secret@sweeps/x": "must hold no password", "s3://sweeps/other": f"are in {bucket.url}, got"}
+    for url, line in refused.items():
+        assert main(["fusion_search", "--resume", "--name", "s-1", "--storage", url]) == 2
+        said = capsys.readouterr().err
+        assert line in said
         assert "key:sec" not in said
     assert stop(["s-1", "--storage", "s3://sweeps/x"]) == status(["--storage", "s3://sweeps/x"]) == 2
     assert capsys.readouterr().err.count("a sweep's folder is on the machine that drives it") == 2
