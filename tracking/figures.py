@@ -37,9 +37,9 @@ def trial_files(checkpoint: Path, key: bytes) -> Iterator[Path]:
     """A temporary folder with a trial's artifacts, made from its last checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint's history or weights are missing or damaged, or there is no room for a copy.
+        CheckpointError: the checkpoint's history or weights are missing or damaged.
         ConfigError: its config is damaged.
-        OSError: its config is missing, or there is no room for the artifacts.
+        OSError: its config is missing, or there is no room for the copies.
     """
     history = read_history(checkpoint)
     with tempfile.TemporaryDirectory() as name:

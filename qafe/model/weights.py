@@ -94,7 +94,7 @@ def save(
         extra: further metadata, text to text.
         synced: wait until the disk has it.
     Raises:
-        CheckpointError: the file cannot be written.
+        OSError: the folder is missing or not writable, or its disk is full.
     """
     path = Path(path)
     # Contiguous copies on the CPU: safetensors refuses views that share memory.
@@ -108,12 +108,9 @@ def save(
             if synced:
                 os.fsync(file.fileno())
         beside.replace(path)
-    except OSError as err:
+    except OSError:
         beside.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"weights must be written to a folder that exists and has room, got {path} ({err.strerror or err}). "
-            "Make the folder, or free some space."
-        ) from err
+        raise
 
 
 def load(path: Path | str) -> tuple[QAFENet, Config, dict[str, str]]:

@@ -1,6 +1,8 @@
 """sweeps/trial.py: what goes wrong in a trial gets its class and one line."""
 
 import contextlib
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from qafe import dotted
 from qafe.config import Config
 from qafe.errors import CheckpointError, ConfigError, ManifestError
-from qafe.train import STATE_FILE
+from qafe.train import BEST_FILE, STATE_FILE
 from sweeps import trial
 from sweeps.checkpoints import preempted, seal
 from sweeps.results import FAILED_AS
@@ -87,6 +89,36 @@ def test_a_trial_begins_anew_on_another_kind_of_gpu(
     train_trial({"settings": {}, "number": 0, "epochs": 1}, plan)
     assert [row["epoch"] for row in told] == [1, 2, 2, 1, 2], "begins anew"
     assert told[4]["best_spearman"] == told[2]["best_spearman"] == told[1]["best_spearman"]
+
+
+def test_a_trial_waits_for_room_on_its_workers_disk(
+    quick: Config, sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the state fits beside the trial and the best weights do not."""
+    waited: list[float] = []
+    reported: list[int] = []
+    replace = Path.replace
+
+    def full(path: Path, target: Path) -> Path:
+        if target.name == BEST_FILE and not waited:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(path, target)
+
+    def wait(seconds: float) -> None:
+        assert (tmp_path / "control" / "full-0").exists()
+        waited.append(seconds)
+
+    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(trial.time, "sleep", wait)
+    monkeypatch.setattr(trial.tune, "report", lambda result, checkpoint: reported.append(result["epoch"]))
+    monkeypatch.setattr(trial.tune, "get_checkpoint", lambda: None)
+    plan = TrialPlan(
+        base_json=dotted.to_json(dotted.override(quick, {"train.epochs": 1})), data_root=str(sample_root),
+        expressions=("smile",), threads=1, gpus=0, folder=str(tmp_path), trials=1, cpus=1, baseline_bytes=0,
+    )  # fmt: skip
+    train_trial({"settings": {}, "number": 0, "epochs": 0}, plan)
+    assert (reported, len(waited)) == ([1], 1)
+    assert not (tmp_path / "control" / "full-0").exists()
 
 
 class Left(BaseException):
