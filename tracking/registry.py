@@ -38,8 +38,8 @@ CHAMPION = "champion"
 OBJECTIVE = "best_spearman"
 SCORES = (OBJECTIVE, "test_spearman")
 """What a version says about itself."""
-REQUIREMENTS = ("torch", "einops", "jaxtyping", "numpy", "opencv-python-headless", "pandas", "pillow", "safetensors",
-                "scipy")  # fmt: skip
+REQUIREMENTS = ("torch", "einops", "jaxtyping", "numba", "numpy", "opencv-python-headless", "pandas", "pillow",
+                "safetensors", "scipy")  # fmt: skip
 UV_FILES = ("uv.lock", "pyproject.toml", ".python-version")
 """What MLflow takes along from the folder that a command is run in."""
 

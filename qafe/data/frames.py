@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..store import Frames
+from .compiled import scale_and_shift
 
 RGB_MEAN = (0.485, 0.456, 0.406)
 RGB_STD = (0.229, 0.224, 0.225)
@@ -34,13 +35,15 @@ class Crop:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, number: int) -> Frames:
-        """One frame of the clip, flipped and then cropped, [side,side,3]; where it is not flipped, a view."""
+    def frames(self) -> Iterator[Frames]:
+        """Each frame of the clip, flipped and then cropped, [side,side,3]; good until the next is asked for."""
         top, left = self.offset
         if self.flip:  # A crop of the mirrored frame is the mirror of a crop from the other side.
             left = self.video.shape[2] - left - self.side
-        crop = self.video[self.indices[number], top : top + self.side, left : left + self.side]
-        return np.asarray(cv2.flip(crop, 1), np.uint8) if self.flip else crop
+        crops = self.video[:, top : top + self.side, left : left + self.side]
+        mirrored = np.empty(crops.shape[1:], np.uint8)
+        for index in self.indices:
+            yield cv2.flip(crops[index], 1, dst=mirrored) if self.flip else crops[index]  # type: ignore[misc]
 
 
 def pixels(crops: Sequence[Crop]) -> UInt8[Tensor, "B T side side 3"]:
@@ -48,16 +51,16 @@ def pixels(crops: Sequence[Crop]) -> UInt8[Tensor, "B T side side 3"]:
     first = crops[0]
     copied = np.empty((len(crops), len(first), first.side, first.side, 3), np.uint8)
     for crop, clip in zip(crops, copied, strict=True):
-        for number, frame in enumerate(clip):
-            frame[:] = crop.read(number)
+        for frame, place in zip(crop.frames(), clip, strict=True):
+            place[:] = frame
     return torch.from_numpy(copied)
 
 
 def normalised(clips: UInt8[Tensor, "B T H W 3"] | Sequence[Crop]) -> Float[Tensor, "B 3 T H W"]:
     """(rgb / 255 - mean) / deviation as one multiply-add, on the frames' device.
 
-    On a CPU a frame at a time, which its caches hold, and straight from the video where the frames are still there:
-    two thirds of the time of a copy of the clip first. In memory colours lie side by side, as they are stored.
+    On a CPU in one pass over memory, straight from the video where the frames are still there. In memory colours lie
+    side by side, as they are stored.
     """
     if isinstance(clips, Tensor):
         shape, device = clips.shape, clips.device
@@ -72,9 +75,9 @@ def normalised(clips: UInt8[Tensor, "B T H W 3"] | Sequence[Crop]) -> Float[Tens
     out = torch.empty(shape, device=device)
     rows = out.flatten(0, 1).flatten(2)  # BT H W3: colours by themselves would be short rows, and slow.
     if device.type == "cpu":
-        for frame, place in zip(_one_by_one(clips), rows, strict=True):
-            place.numpy()[:] = frame.reshape(place.shape)
-            torch.addcmul(shift, place, scale, out=place)
+        along, level = scale.numpy(), shift.numpy()
+        for frame, place in zip(_one_by_one(clips), rows.numpy(), strict=True):
+            scale_and_shift(frame.reshape(place.shape), along, level, place)
     else:
         assert isinstance(clips, Tensor)
         torch.addcmul(shift, rows.copy_(clips.flatten(0, 1).flatten(2)), scale, out=rows)
@@ -85,4 +88,4 @@ def _one_by_one(clips: UInt8[Tensor, "B T H W 3"] | Sequence[Crop]) -> Iterable[
     """Each frame of each clip, [H,W,3]."""
     if isinstance(clips, Tensor):
         return clips.flatten(0, 1).numpy()
-    return (crop.read(number) for crop in clips for number in range(len(crop)))
+    return (frame for crop in clips for frame in crop.frames())

@@ -2,8 +2,9 @@
 
 Source: the heatmaps that the QAFE-Net authors render to disk (arXiv:2312.00856); uint8-equal to theirs for faces
 inside the frame. Differs: drawn when needed instead of stored as JPEG (which costs up to 180 levels at single
-pixels), a point that cannot be seen is left out instead of blanking the frame, and rows are drawn as sums of the
-few profiles that reach them, so that no image a point is ever made.
+pixels), a point that cannot be seen is left out instead of blanking the frame, and a point is the product of two
+profiles, so that no image a point is ever made: loops add it where it lies (`qafe.data.compiled`), and on a GPU rows
+are sums of the profiles that reach them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..config import HeatmapConfig
+from . import compiled
 
-_CPU_CHUNK_PIXELS = 2**23
+_CPU_CHUNK_PIXELS = 2**20
+"""Which its caches hold."""
 _GPU_CHUNK_PIXELS = 2**24
 
 
@@ -68,8 +71,12 @@ def draw(landmarks: Float[Tensor, "*batch P 2"], config: HeatmapConfig) -> Float
     """
     flat, side = _flat(landmarks), config.canvas_px
     drawn = torch.zeros(len(flat), side, side, device=flat.device)
-    for where, grey in _drawn(flat, config):
-        drawn[where] = grey
+    if _in_loops(flat):
+        rows, columns = _region(flat, config)
+        compiled.draw_grey(*_arguments(flat, config, rows, columns), drawn[:, rows, columns].numpy())
+    else:
+        for frames, grey in _drawn(flat, config):
+            drawn[frames] = grey
     return drawn.view(*landmarks.shape[:-2], side, side)
 
 
@@ -115,7 +122,7 @@ def render(
     flat = _flat(landmarks)
     # Planes lie apart in memory, as the encoder reads them.
     planes = torch.empty(config.channels, len(flat), resize_px, resize_px, device=flat.device)
-    if config.colour == "jet" and config.canvas_px != resize_px:
+    if config.colour == "jet" and (_in_loops(flat) or config.canvas_px != resize_px):
         _render_jet(flat, config, planes)
     else:
         for frames in _chunks(flat, config.canvas_px):
@@ -128,56 +135,55 @@ def render(
 
 
 def _flat(landmarks: Tensor) -> Tensor:
-    return landmarks.reshape(math.prod(landmarks.shape[:-2]), *landmarks.shape[-2:]).float()
+    return landmarks.detach().reshape(math.prod(landmarks.shape[:-2]), *landmarks.shape[-2:]).float().contiguous()
 
 
 def _chunks(flat: Tensor, side: int) -> Iterator[slice]:
-    """Frames to draw at a time: few calls, and memory that stays below some 500 MB, on a CPU 50 MB."""
-    pixels = _CPU_CHUNK_PIXELS if flat.device.type == "cpu" else _GPU_CHUNK_PIXELS
+    """Frames to draw at a time: few calls, and memory that stays below some 500 MB, on a CPU 10 MB."""
+    pixels = _CPU_CHUNK_PIXELS if _in_loops(flat) else _GPU_CHUNK_PIXELS
     step = max(1, pixels // side**2)
     return (slice(start, start + step) for start in range(0, len(flat), step))
 
 
-def _drawn(
-    flat: Tensor, config: HeatmapConfig, block_px: int = 1, margin: int = 0
-) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
-    """[n,P,2] canvas pixels -> frames, rows and columns, and the grey values there; all others are zero.
+def _in_loops(flat: Tensor) -> bool:
+    """Whether points are drawn one by one, or all of them by a few operations of torch."""
+    return flat.device.type == "cpu"
 
-    On a CPU only the pixels near a point are drawn: the blocks that they touch, and a margin of so many more blocks.
-    On a GPU all are: to ask where points lie would wait for it.
-    """
+
+def _arguments(
+    flat: Tensor, config: HeatmapConfig, rows: slice, columns: slice
+) -> tuple[compiled.Float32, int, float, int, compiled.Kernel, int, int]:
+    """What all loops that draw begin with."""
+    kernel = tuple(map(np.float32, _blur_kernel(config.blur_px)))
+    return flat.numpy(), config.canvas_px, config.sigma_px, config.window_px, kernel, rows.start, columns.start
+
+
+def _region(flat: Tensor, config: HeatmapConfig, block_px: int = 1, margin: int = 0) -> tuple[slice, slice]:
+    """Rows and columns of the canvas that points reach: the blocks that hold them, and a margin of so many more."""
+    side = config.canvas_px
+    top, bottom, left, right = compiled.reach(flat.numpy(), side, config.window_px, config.blur_px // 2)
+
+    def blocks(first: int, end: int) -> slice:
+        return slice(
+            max(first // block_px - margin, 0) * block_px, min((-(-end // block_px) + margin) * block_px, side)
+        )
+
+    return blocks(top, bottom), blocks(left, right)
+
+
+def _drawn(flat: Tensor, config: HeatmapConfig) -> Iterator[tuple[slice, Tensor]]:
+    """[n,P,2] canvas pixels -> frames and their grey values; asks nothing of the GPU, which would wait."""
     if not flat.shape[1]:
         return
-    for frames in _chunks(flat, config.canvas_px):
+    side, edge = config.canvas_px, config.blur_px // 2
+    for frames in _chunks(flat, side):
         first, profiles = _profiles(flat[frames], config)
-        reached = _reached(first, len(profiles), config)
-        columns, rows = (_blocks(pixels, config.canvas_px, block_px, margin) for pixels in reached)
         # What lies outside the canvas is summed, too, and then cut off.
-        x, y = (
-            slice(min(pixels.start, span.start), max(pixels.stop, span.stop))
-            for pixels, span in zip(reached, (columns, rows), strict=True)
-        )
-        grey = _sum_of_products(first, profiles, x, y)
-        grey = grey[:, rows.start - y.start : rows.stop - y.start, columns.start - x.start : columns.stop - x.start]
+        reached = slice(-edge, side - edge + len(profiles))
+        grey = _sum_of_products(first, profiles, reached, reached)[:, edge : edge + side, edge : edge + side]
         peak = grey.amax(dim=(1, 2), keepdim=True)
         # An empty frame has peak 0 and stays zero; a smallest normal number keeps 0/0 away without changing others.
-        yield (frames, rows, columns), grey.div_(peak.clamp_min_(torch.finfo(grey.dtype).tiny))
-
-
-def _reached(first: Tensor, length: int, config: HeatmapConfig) -> list[slice]:
-    """Along x and along y, the pixels that any point may reach, some of them outside the canvas."""
-    if first.device.type != "cpu":
-        edge = config.blur_px // 2
-        return [slice(-edge, config.canvas_px - edge + length)] * 2
-    lowest, highest = first.amin((1, 2)).tolist(), first.amax((1, 2)).tolist()
-    return [slice(low, high + length) for low, high in zip(lowest, highest, strict=True)]
-
-
-def _blocks(pixels: slice, side: int, block_px: int, margin: int) -> slice:
-    """Pixels of the canvas, one at least: the blocks that hold the given ones, and a margin of so many more blocks."""
-    start = min(pixels.start, side - 1) // block_px - margin
-    stop = -(-pixels.stop // block_px) + margin
-    return slice(max(start * block_px, 0), min(stop * block_px, side))
+        yield frames, grey.div_(peak.clamp_min_(torch.finfo(grey.dtype).tiny))
 
 
 def _profiles(points: Tensor, config: HeatmapConfig) -> tuple[Tensor, Tensor]:
@@ -194,23 +200,14 @@ def _profiles(points: Tensor, config: HeatmapConfig) -> tuple[Tensor, Tensor]:
     first = torch.trunc(centre - window).clamp_(0, side)
     end = torch.trunc(centre + (window + 1)).clamp_(0, side)
     nearest = torch.minimum(torch.maximum(centre.round(), first), end - 1)
-    # The blur reads `half` pixels more to either side of the pixels that it changes.
-    if _inside(first, end, max(1, 2 * half), side):
-        step = torch.arange(2 * window + 1, device=points.device).view(-1, 1, 1, 1)
-        values = centre.new_zeros(len(step) + 4 * half, *centre.shape)
-        torch.exp(_exponent(first + step, centre, nearest, config), out=values[2 * half : 2 * half + len(step)])
-    else:  # Windows are a pixel wider, what the frame's edge cuts off is masked, and it is a mirror to the blur.
-        step = torch.arange(2 * window + 2 + 4 * half, device=points.device).view(-1, 1, 1, 1)
-        pixel = (side - 1) - ((first - 2 * half) + step).abs_().sub_(side - 1).abs_()  # BORDER_REFLECT_101
-        values = _exponent(pixel, centre, nearest, config).exp_()
-        # Several times as fast as a mask of booleans.
-        values.mul_(pixel.sub_((first + end - 1) / 2).abs_().lt_((end - first) / 2))
+    # The blur reads `half` pixels more to either side of the pixels that it changes. Windows are a pixel wider, what
+    # the frame's edge cuts off is masked, and it is a mirror to the blur.
+    step = torch.arange(2 * window + 2 + 4 * half, device=points.device).view(-1, 1, 1, 1)
+    pixel = (side - 1) - ((first - 2 * half) + step).abs_().sub_(side - 1).abs_()  # BORDER_REFLECT_101
+    values = _exponent(pixel, centre, nearest, config).exp_()
+    # Several times as fast as a mask of booleans.
+    values.mul_(pixel.sub_((first + end - 1) / 2).abs_().lt_((end - first) / 2))
     return first.long() - half, _blurred(values, config.blur_px)
-
-
-def _inside(first: Tensor, end: Tensor, margin: int, side: int) -> bool:
-    """Whether every window, and a margin around it, lies inside the frame; not asked for on a GPU, which would wait."""
-    return first.device.type == "cpu" and bool(first.amin() >= margin) and bool(end.amax() <= side - margin)
 
 
 def _exponent(pixel: Tensor, centre: Tensor, nearest: Tensor, config: HeatmapConfig) -> Tensor:
@@ -259,24 +256,13 @@ def _blurred(values: Tensor, blur_px: int) -> Tensor:
 @cache
 def _blur_kernel(blur_px: int) -> tuple[float, ...]:
     """OpenCV's kernel for a Gaussian of unstated sigma: a fixed table for the published 7 and other small sizes,
-    else sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8."""
-    return tuple(float(weight) for weight in cv2.getGaussianKernel(blur_px, 0).ravel())
+    else sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8. A one for 0 and 1."""
+    return tuple(float(weight) for weight in cv2.getGaussianKernel(max(blur_px, 1), 0).ravel())
 
 
 def _level(grey: Tensor) -> Tensor:
     """[...] in [0, 1] -> a level of 0 to 255 each, truncated, in one row: what index_select is fastest with."""
     return (grey * 255).int().reshape(-1)
-
-
-def _lookup(grey: Tensor) -> Tensor:
-    """[n,H,W] in [0, 1] -> int32 [n,H,W]: the word of each."""
-    table = _jet_words(grey.device)[1]
-    if grey.device.type != "cpu":
-        return table.index_select(0, _level(grey)).view(grey.shape)
-    # On a CPU one pass over bytes for each is faster than two over numbers of four.
-    level = np.empty(grey.shape, np.uint8)
-    np.multiply(grey.numpy(), np.float32(255), out=level, casting="unsafe")
-    return torch.from_numpy(cv2.LUT(level.reshape(1, -1), table.numpy()[None])).view(grey.shape)
 
 
 def _colour(grey: Tensor, out: Tensor) -> None:
@@ -289,25 +275,39 @@ def _colour(grey: Tensor, out: Tensor) -> None:
 
 def _jet_frames(flat: Tensor, config: HeatmapConfig) -> Tensor:
     """[n,P,2] canvas pixels -> int32 [n,H,W]: the bytes of a pixel are red, green, blue and 0."""
-    side, (dark, _) = config.canvas_px, _jet_words(flat.device)
+    side, (dark, table) = config.canvas_px, _jet_words(flat.device)
     words = torch.full((len(flat), side, side), dark, dtype=torch.int32, device=flat.device)
-    for where, grey in _drawn(flat, config):
-        words[where] = _lookup(grey)
+    if _in_loops(flat):
+        rows, columns = _region(flat, config)
+        compiled.draw_words(*_arguments(flat, config, rows, columns), words[:, rows, columns].numpy(), table.numpy())
+    else:
+        for frames, grey in _drawn(flat, config):
+            words[frames] = table.index_select(0, _level(grey)).view(grey.shape)
     return words
 
 
 def _render_jet(flat: Tensor, config: HeatmapConfig, out: Tensor) -> None:
-    """[n,P,2] canvas pixels -> [3,n,h,w] in [0, 1]: coloured and resized, where it is not dark."""
+    """[n,P,2] canvas pixels -> [3,n,h,w] in [0, 1]: coloured and resized."""
     side, resized = config.canvas_px, out.shape[-1]
+    if not _in_loops(flat):
+        for frames in _chunks(flat, side):
+            _resize_jet(_jet_frames(flat[frames], config), out[:, frames])
+        return
     for plane, level in zip(out, _jet()[0].tolist(), strict=True):
         plane.fill_(level / 255)
     # The filter reaches half a resized pixel further, and rounds otherwise where a picture ends: that must be in the
     # dark. All of the canvas is resized where a resized pixel is no whole number of its pixels.
     ratio, rest = divmod(side, resized)
     block, margin = (side, 0) if rest else (ratio, 2)
-    for (frames, *canvas), grey in _drawn(flat, config, block, margin):
+    for frames in _chunks(flat, side):
+        canvas = _region(flat[frames], config, block, margin)
         rows, columns = (slice(span.start * resized // side, span.stop * resized // side) for span in canvas)
-        _resize_jet(_lookup(grey), out[:, frames, rows, columns])
+        if rows.start == rows.stop:
+            continue  # There is nothing to draw.
+        words = torch.empty(out[0, frames].shape[0], *(span.stop - span.start for span in canvas), dtype=torch.int32)
+        table = _jet_words(flat.device)[1].numpy()
+        compiled.draw_words(*_arguments(flat[frames], config, *canvas), words.numpy(), table)
+        _resize_jet(words, out[:, frames, rows, columns])
 
 
 @cache
@@ -344,8 +344,7 @@ def _resize_jet(words: Tensor, out: Tensor) -> None:
     frames = words.view(torch.uint8).view(*words.shape, 4).permute(0, 3, 1, 2)
     if frames.device.type == "cpu":  # Torch resizes bytes as Pillow does, but not on a GPU.
         small = _resized(frames, height_px, width_px).permute(0, 2, 3, 1).contiguous().view(torch.int32)[..., 0]
-        for channel, plane in enumerate(out):  # Arithmetic on words is several times as fast as picking bytes.
-            torch.div(small.bitwise_right_shift(8 * channel).bitwise_and_(255), 255, out=plane)
+        compiled.split_words(small.numpy(), out.numpy())
     else:
         wide = _resized(frames[:, :3].float(), words.shape[1], width_px).add_(0.5).floor_()
         out.copy_(_resized(wide, height_px, width_px).add_(0.5).floor_().div_(255).movedim(1, 0))

@@ -12,6 +12,17 @@ from qafe.config import HeatmapConfig
 from qafe.data import heatmap
 from tests import reference
 
+
+@pytest.fixture(params=["loops", "torch"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Draws everything here as a CPU does, and again as a GPU does."""
+    if request.param == "torch":
+        if request.node.get_closest_marker("gpu"):
+            pytest.skip("draws on the GPU and on the CPU")
+        monkeypatch.setattr(heatmap, "_in_loops", lambda _: False)
+    return str(request.param)
+
+
 PLAIN = HeatmapConfig(canvas_px=32, window_px=3, blur_px=0, colour="grey")
 
 
@@ -130,6 +141,7 @@ def test_batches_are_frames_side_by_side(colour: str, monkeypatch: pytest.Monkey
     whole = heatmap.render(landmarks, config, resize_px=16)
     assert whole.shape == (2, 5, config.channels, 16, 16)
     monkeypatch.setattr(heatmap, "_CPU_CHUNK_PIXELS", 3 * 32**2)
+    monkeypatch.setattr(heatmap, "_GPU_CHUNK_PIXELS", 3 * 32**2)
     torch.testing.assert_close(heatmap.render(landmarks, config, resize_px=16), whole)
     torch.testing.assert_close(heatmap.render(landmarks[1, 3], config, resize_px=16), whole[1, 3])
 
