@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -181,6 +182,17 @@ def test_one_measurement_of_each_kind() -> None:
         found = step.measure(step.Measurement("tiny", kind, how, 1, 1))
         assert min(found.values()) > 0
         assert set(found) == {"cpu_s", "wall_s", "peak_gb"}
+
+
+def test_a_bf16_step_says_what_bf16_can_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: object) -> dict[str, float]:
+        return {"cpu_s": 1.0, "wall_s": 1.0, "peak_gb": 1.0}
+
+    monkeypatch.setattr(step.Measurement, "in_own_process", measured)
+    monkeypatch.setattr(step, "_has_bf16", lambda: True)
+    notes = {row.what: row.notes for row in step.bench("tiny", 1, 1, batch4=False).rows}
+    assert re.search(r"\d GFLOP/s in bf16, [1-9]\d* in float32", notes["training step bf16, batch 1, tiny"][-1])
+    assert len(notes["training step fp32, batch 1, tiny"]) == 1
 
 
 def test_a_step_has_the_recorded_operations() -> None:

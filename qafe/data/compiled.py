@@ -31,19 +31,46 @@ def _compiled(function: Function) -> Function:
 
 
 @_compiled
-def scale_and_shift(rows: npt.NDArray[np.uint8], scale: Float32, shift: Float32, out: Float32) -> None:
-    """``rows * scale + shift``, in one pass over memory.
+def scale_and_shift(
+    video: npt.NDArray[np.uint8],
+    indices: npt.NDArray[np.int64],
+    top: int,
+    left: int,
+    flip: bool,
+    scale: Float32,
+    shift: Float32,
+    out: Float32,
+) -> None:
+    """``level * scale + shift`` for crops of frames, in one pass over memory.
 
     Args:
-        rows: [H,W].
-        scale: of each column, [W].
-        shift: of each column, [W].
-        out: [H,W].
+        video: [N,H,W,3].
+        indices: of T frames.
+        top: first row of the crop.
+        left: its first column in the stored frame.
+        flip: mirror the crop.
+        scale: of each colour in a row of the crop, [3w].
+        shift: of the same.
+        out: [T,h,3w].
     """
-    for y in range(len(rows)):
-        row, place = rows[y], out[y]
-        for x in range(len(row)):
-            place[x] = row[x] * scale[x] + shift[x]
+    length = len(scale)
+    width = length // 3
+    row = np.empty(length, np.float32)
+    for number in range(len(indices)):
+        for y in range(out.shape[1]):
+            levels = video[indices[number], top + y, left : left + width].reshape(length)
+            place = out[number, y]
+            if flip:
+                for x in range(length):
+                    row[x] = levels[x] * scale[x] + shift[x]
+                for pixel in range(width):
+                    opposite = 3 * (width - 1 - pixel)
+                    place[3 * pixel] = row[opposite]
+                    place[3 * pixel + 1] = row[opposite + 1]
+                    place[3 * pixel + 2] = row[opposite + 2]
+            else:
+                for x in range(length):
+                    place[x] = levels[x] * scale[x] + shift[x]
 
 
 @_compiled

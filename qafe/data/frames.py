@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -35,11 +35,15 @@ class Crop:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def corner(self) -> tuple[int, int]:
+        """(top, left) of the crop in the stored frame."""
+        top, left = self.offset  # A crop of the mirrored frame is the mirror of a crop from the other side.
+        return top, self.video.shape[2] - left - self.side if self.flip else left
+
     def frames(self) -> Iterator[Frames]:
         """Each frame of the clip, flipped and then cropped, [side,side,3]; good until the next is asked for."""
-        top, left = self.offset
-        if self.flip:  # A crop of the mirrored frame is the mirror of a crop from the other side.
-            left = self.video.shape[2] - left - self.side
+        top, left = self.corner
         crops = self.video[:, top : top + self.side, left : left + self.side]
         mirrored = np.empty(crops.shape[1:], np.uint8)
         for index in self.indices:
@@ -73,19 +77,14 @@ def normalised(clips: UInt8[Tensor, "B T H W 3"] | Sequence[Crop]) -> Float[Tens
         for values in (1 / (255 * deviation), -mean / deviation)
     )
     out = torch.empty(shape, device=device)
-    rows = out.flatten(0, 1).flatten(2)  # BT H W3: colours by themselves would be short rows, and slow.
+    rows = out.flatten(3)  # B T H W3: colours by themselves would be short rows, and slow.
     if device.type == "cpu":
-        along, level = scale.numpy(), shift.numpy()
-        for frame, place in zip(_one_by_one(clips), rows.numpy(), strict=True):
-            scale_and_shift(frame.reshape(place.shape), along, level, place)
+        for clip, place in zip(clips, rows.numpy(), strict=True):
+            if isinstance(clip, Tensor):
+                clip = Crop(clip.numpy(), range(len(clip)), offset=(0, 0), side=shape[3], flip=False)
+            (top, left), indices = clip.corner, np.array(clip.indices)
+            scale_and_shift(clip.video, indices, top, left, clip.flip, scale.numpy(), shift.numpy(), place)
     else:
         assert isinstance(clips, Tensor)
-        torch.addcmul(shift, rows.copy_(clips.flatten(0, 1).flatten(2)), scale, out=rows)
+        torch.addcmul(shift, rows.copy_(clips.flatten(3)), scale, out=rows)
     return out.permute(0, 4, 1, 2, 3)
-
-
-def _one_by_one(clips: UInt8[Tensor, "B T H W 3"] | Sequence[Crop]) -> Iterable[Frames]:
-    """Each frame of each clip, [H,W,3]."""
-    if isinstance(clips, Tensor):
-        return clips.flatten(0, 1).numpy()
-    return (frame for crop in clips for frame in crop.frames())

@@ -282,7 +282,7 @@ def _jet_frames(flat: Tensor, config: HeatmapConfig) -> Tensor:
         compiled.draw_words(*_arguments(flat, config, rows, columns), words[:, rows, columns].numpy(), table.numpy())
     else:
         for frames, grey in _drawn(flat, config):
-            words[frames] = table.index_select(0, _level(grey)).view(grey.shape)
+            torch.index_select(table, 0, _level(grey), out=words[frames].view(-1))
     return words
 
 

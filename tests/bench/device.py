@@ -25,10 +25,9 @@ from qafe.model.qafenet import build
 
 from .heatmaps import SIDE_PX, SMALL_PX, landmarks, published
 from .rounds import Found, Row
-from .step import NO_BF16, Measurement, _has_bf16, make_plain
+from .step import NO_BF16, Measurement, _has_bf16, make_plain, matmul_tflops
 
 GPU_BATCHES, CPU_BATCHES = (1, 2, 4, 8, 16), (1, 2)
-Dtype = torch.dtype
 
 
 def heatmaps(device_name: str, rounds: int, batches: Sequence[int] = (1, 16), min_run_s: float = 0.5) -> Found:
@@ -146,23 +145,6 @@ def step_flop(preset: str) -> float:
         with FlopCounterMode(display=False) as counter:
             model(rgb, heatmaps).sum().backward()
     return float(counter.get_total_flops()) / 2
-
-
-def matmul_tflops(device: torch.device, dtype: Dtype) -> float:
-    """What the device reaches in products of square matrices; float32 on a GPU as TF32, as its convolutions are."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        timer = benchmark.Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-        seconds = timer.blocked_autorange(min_run_time=1).median
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-    del a, b
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # The measurements are other processes.
-    return float(2 * side**3 / seconds / 1e12)
 
 
 def _timed(call: object, device: torch.device, rounds: int, min_run_s: float) -> tuple[list[float], float | None]:

@@ -28,6 +28,8 @@ from .rounds import Found, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch import device as Device
+    from torch import dtype as Dtype
 
     from qafe.config import Config
     from qafe.model.qafenet import QAFENet
@@ -69,6 +71,8 @@ def bench(preset: str, rounds: int, threads: int, batch4: bool, published: Path 
         for how in modes:
             ours = Measurement(preset, "train", how, clips, threads)
             rows.append(row(f"training step {how}, batch {clips}, {preset}", ours, rival))
+            if how == "bf16":
+                rows[-1].notes.append(_bf16_products(threads))
         for how, name in (("fp32", "plain"), ("checkpoint", "checkpointed")):
             ours = Measurement(preset, "train", how, clips, threads)
             peaks = [one["peak_gb"] for one in seen[ours]], [one["peak_gb"] for one in seen[rival]]
@@ -84,6 +88,34 @@ def _has_bf16() -> bool:
     """Whether this processor computes bf16; where it does not, a step in bf16 takes ten times as long."""
     path = Path("/proc/cpuinfo")
     return path.is_file() and any(name in path.read_text() for name in ("avx512_bf16", "amx_bf16"))
+
+
+def _bf16_products(threads: int) -> str:
+    """How fast this processor multiplies matrices in bf16: what a step can gain from it."""
+    import torch
+
+    bf16, fp32 = (matmul_tflops(torch.device("cpu"), dtype, threads) for dtype in (torch.bfloat16, torch.float32))
+    return f"products of matrices: {1e3 * bf16:.0f} GFLOP/s in bf16, {1e3 * fp32:.0f} in float32"
+
+
+def matmul_tflops(device: Device, dtype: Dtype, threads: int | None = None) -> float:
+    """What the device reaches in products of square matrices; float32 on a GPU as TF32, as its convolutions are."""
+    import torch
+    from torch.utils import benchmark
+
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        timer = benchmark.Timer("a @ b", globals={"a": a, "b": b}, num_threads=threads or torch.get_num_threads())
+        seconds = timer.blocked_autorange(min_run_time=1).median
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    del a, b
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # The measurements are other processes.
+    return float(2 * side**3 / seconds / 1e12)
 
 
 def _no_batch4(preset: str, wanted: bool) -> str | None:

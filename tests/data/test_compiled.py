@@ -25,14 +25,18 @@ def test_loops_are_compiled_where_no_folder_can_keep_them(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_rows_of_a_larger_picture_are_scaled(read_only: bool) -> None:
+@pytest.mark.parametrize("flip", [False, True])
+def test_crops_are_scaled(read_only: bool, flip: bool) -> None:
     rng = np.random.default_rng(0)
-    frame = rng.integers(0, 256, (9, 8, 3), np.uint8)
-    frame.flags.writeable = not read_only
-    scale, shift = rng.random((2, 15), np.float32)
-    rows, out = frame[2:6, 1:6].reshape(4, 15), np.empty((4, 15), np.float32)
-    compiled.scale_and_shift(rows, scale, shift, out)
-    np.testing.assert_allclose(out, rows * scale + shift, rtol=1e-6)
+    video = rng.integers(0, 256, (4, 9, 8, 3), np.uint8)
+    video.flags.writeable = not read_only
+    of_colours = rng.random((2, 3), np.float32)
+    scale, shift = np.tile(of_colours, 5)
+    out = np.empty((3, 4, 15), np.float32)
+    compiled.scale_and_shift(video, np.array([2, 0, 2]), 3, 1, flip, scale, shift, out)
+    crops = video[[2, 0, 2], 3:7, 1:6]
+    expected = (crops[:, :, ::-1] if flip else crops) * of_colours[0] + of_colours[1]
+    np.testing.assert_allclose(out.reshape(3, 4, 5, 3), expected, rtol=1e-6)
 
 
 def test_points_reach_their_windows_and_the_blur() -> None:
