@@ -1,6 +1,5 @@
-"""The loops that a CPU spends its time in between stored clips and the model, compiled by Numba at their first use.
-
-What is compiled stays beside this file or, where that cannot be written, in the user's cache (`NUMBA_CACHE_DIR`).
+"""The loops that a CPU spends its time in between stored clips and the model: compiled by Numba, some seconds at a
+process's first use.
 """
 
 from __future__ import annotations
@@ -15,19 +14,17 @@ import numpy.typing as npt
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Float32 = npt.NDArray[np.float32]
-Kernel = tuple[np.float32, ...]
-"""A tuple, whose length the compiler knows: twice as fast."""
 
 _TINY = np.finfo(np.float32).tiny
 
 
 def _compiled(function: Function) -> Function:
-    """Numba's decorator: without Python's lock, divisions as NumPy's, and kept where a folder is found for it."""
-    try:
-        made = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # There is none.
-        made = numba.njit(nogil=True, error_model="numpy")(function)
-    return cast(Function, made)
+    """Numba's decorator: without Python's lock, and divisions as NumPy's.
+
+    Nothing is kept on disk: where two processes keep the code of different types at once, both may take one name for it
+    (Numba 0.68), and a third process then runs the wrong one.
+    """
+    return cast(Function, numba.njit(nogil=True, error_model="numpy")(function))
 
 
 @_compiled
@@ -97,7 +94,7 @@ def reach(points: Float32, side: int, window: int, half: int) -> tuple[int, int,
 
 @_compiled
 def draw_grey(
-    points: Float32, side: int, sigma: float, window: int, kernel: Kernel, top: int, left: int, out: Float32
+    points: Float32, side: int, sigma: float, window: int, kernel: Float32, top: int, left: int, out: Float32
 ) -> None:
     """Draws heatmaps; `qafe.data.heatmap.draw` says what one is.
 
@@ -126,7 +123,7 @@ def draw_words(
     side: int,
     sigma: float,
     window: int,
-    kernel: Kernel,
+    kernel: Float32,
     top: int,
     left: int,
     out: npt.NDArray[np.int32],
@@ -158,7 +155,7 @@ def split_words(words: npt.NDArray[np.int32], out: Float32) -> None:
 
 @_compiled
 def _sum(
-    points: Float32, side: int, sigma: float, window: int, kernel: Kernel, top: int, left: int, grey: Float32
+    points: Float32, side: int, sigma: float, window: int, kernel: Float32, top: int, left: int, grey: Float32
 ) -> np.float32:
     """All points of a frame, and the greatest sum: a smallest normal number at least, which keeps 0/0 away."""
     grey[:] = 0
@@ -198,7 +195,7 @@ def _window(centre: float, side: int, window: int) -> tuple[int, int]:
 
 @_compiled
 def _profile(
-    centre: float, side: int, sigma: float, window: int, kernel: Kernel, values: Float32, out: Float32
+    centre: float, side: int, sigma: float, window: int, kernel: Float32, values: Float32, out: Float32
 ) -> tuple[int, int]:
     """First pixel and length of a blurred Gaussian, and its values in `out`; length 0 if no pixel is inside.
 

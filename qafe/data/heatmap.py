@@ -152,9 +152,9 @@ def _in_loops(flat: Tensor) -> bool:
 
 def _arguments(
     flat: Tensor, config: HeatmapConfig, rows: slice, columns: slice
-) -> tuple[compiled.Float32, int, float, int, compiled.Kernel, int, int]:
+) -> tuple[compiled.Float32, int, float, int, compiled.Float32, int, int]:
     """What all loops that draw begin with."""
-    kernel = tuple(map(np.float32, _blur_kernel(config.blur_px)))
+    kernel = np.array(_blur_kernel(config.blur_px), np.float32)
     return flat.numpy(), config.canvas_px, config.sigma_px, config.window_px, kernel, rows.start, columns.start
 
 

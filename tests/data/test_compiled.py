@@ -1,27 +1,9 @@
 """qafe/data/compiled.py: what `qafe.data.heatmap` and `qafe.data.frames` do not show of it."""
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 import pytest
 
 from qafe.data import compiled
-
-
-def test_loops_are_compiled_where_no_folder_can_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    njit = numba.njit
-
-    def refuses(**flags: Any) -> Callable[..., Any]:
-        if flags.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(**flags)  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(numba, "njit", refuses)
-    function = compiled._compiled(lambda value: value + 1)
-    assert function(2) == 3
-    assert function.signatures
 
 
 @pytest.mark.parametrize("read_only", [False, True])
