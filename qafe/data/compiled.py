@@ -5,15 +5,20 @@ process's first use.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Float32 = npt.NDArray[np.float32]
+Codegen = tuple[object, Callable[..., object]]
+"""What Numba asks of an intrinsic: its signature, and what writes its instructions."""
 
 _TINY = np.finfo(np.float32).tiny
 
@@ -25,6 +30,59 @@ def _compiled(function: Function) -> Function:
     (Numba 0.68), and a third process then runs the wrong one.
     """
     return cast(Function, numba.njit(nogil=True, error_model="numpy")(function))
+
+
+_PIXELS = 16
+"""That are normalised at a time: their numbers fill whole cache lines, which `_stream` needs."""
+
+
+def _stream(order: Sequence[int]) -> Callable[..., None]:
+    """A function that normalises 16 pixels of three colours, past the caches: what is written is not read first.
+
+    A clip's numbers fill 48 MB, which are gone from the caches before the model asks for them.
+
+    Args:
+        order: in which the 48 levels are taken.
+    """
+    lanes = len(order)
+
+    # levels: uint8 [L], read from `first` on; scale, shift: float32 [48]; out: float32 [M], written from `place` on,
+    # which must lie at a whole cache line.
+    def stream(_: Any, levels: Any, first: Any, scale: Any, shift: Any, out: Any, place: Any) -> Codegen:
+        def instructions(context: Any, builder: Any, signature: Any, arguments: Any) -> object:
+            def vector(array: int, element: Any, start: Any) -> Any:
+                data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
+                return builder.bitcast(builder.gep(data, [start]), ir.VectorType(element, lanes).as_pointer())
+
+            byte, number, zero = ir.IntType(8), ir.FloatType(), ir.Constant(ir.IntType(64), 0)
+            loaded = builder.load(vector(0, byte, arguments[1]), align=1)
+            taken = ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(order))
+            level = builder.uitofp(builder.shuffle_vector(loaded, loaded, taken), ir.VectorType(number, lanes))
+            scaled = builder.fmul(level, builder.load(vector(2, number, zero), align=4))
+            shifted = builder.fadd(scaled, builder.load(vector(3, number, zero), align=4))
+            stored = builder.store(shifted, vector(4, number, arguments[5]), align=64)
+            stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+            return context.get_dummy_value()
+
+        return types.void(levels, first, scale, shift, out, place), instructions
+
+    return cast(Callable[..., None], intrinsic(stream))
+
+
+_stream_as_stored = _stream(range(3 * _PIXELS))
+_stream_mirrored = _stream([3 * pixel + colour for pixel in reversed(range(_PIXELS)) for colour in range(3)])
+
+
+def _fence(_: Any) -> Codegen:
+    def instructions(context: Any, builder: Any, signature: Any, arguments: Any) -> object:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), instructions
+
+
+_streamed = cast(Callable[[], None], intrinsic(_fence))
+"""Other threads see what was streamed before this."""
 
 
 @_compiled
@@ -41,33 +99,43 @@ def scale_and_shift(
     """``level * scale + shift`` for crops of frames, in one pass over memory.
 
     Args:
-        video: [N,H,W,3].
+        video: [N,H,W,3], contiguous.
         indices: of T frames.
         top: first row of the crop.
         left: its first column in the stored frame.
         flip: mirror the crop.
-        scale: of each colour in a row of the crop, [3w].
+        scale: of each colour, [3].
         shift: of the same.
-        out: [T,h,3w].
+        out: [T,h,w,3], contiguous.
     """
-    length = len(scale)
-    width = length // 3
-    row = np.empty(length, np.float32)
-    for number in range(len(indices)):
+    # Rows by themselves would be arrays, each made at some cost.
+    levels, numbers = video.reshape(video.size), out.reshape(out.size)
+    length, block, place = 3 * out.shape[2], 3 * _PIXELS, 0
+    scales, shifts = np.empty(length, np.float32), np.empty(length, np.float32)
+    for x in range(length):
+        scales[x], shifts[x] = scale[x % 3], shift[x % 3]
+    streams = length % block == 0 and out.ctypes.data % 64 == 0
+    for index in indices:
         for y in range(out.shape[1]):
-            levels = video[indices[number], top + y, left : left + width].reshape(length)
-            place = out[number, y]
-            if flip:
-                for x in range(length):
-                    row[x] = levels[x] * scale[x] + shift[x]
-                for pixel in range(width):
-                    opposite = 3 * (width - 1 - pixel)
-                    place[3 * pixel] = row[opposite]
-                    place[3 * pixel + 1] = row[opposite + 1]
-                    place[3 * pixel + 2] = row[opposite + 2]
+            first = 3 * ((index * video.shape[1] + top + y) * video.shape[2] + left)
+            end = first + length
+            if streams and flip:
+                for x in range(0, length, block):
+                    _stream_mirrored(levels, end - block - x, scales, shifts, numbers, place + x)
+            elif streams:
+                for x in range(0, length, block):
+                    _stream_as_stored(levels, first + x, scales, shifts, numbers, place + x)
             else:
+                stored, row = levels[first:end], numbers[place : place + length]
                 for x in range(length):
-                    place[x] = levels[x] * scale[x] + shift[x]
+                    row[x] = stored[x] * scales[x] + shifts[x]
+                if flip:
+                    for x in range(0, length // 2, 3):
+                        for colour in range(3):
+                            here, there = x + colour, length - 3 - x + colour
+                            row[here], row[there] = row[there], row[here]
+            place += length
+    _streamed()
 
 
 @_compiled
@@ -159,24 +227,27 @@ def _sum(
 ) -> np.float32:
     """All points of a frame, and the greatest sum: a smallest normal number at least, which keeps 0/0 away."""
     grey[:] = 0
-    values = np.empty(2 * (window + len(kernel)), np.float32)
-    across, down = np.empty_like(values), np.empty_like(values)
+    x, all_across = _profiles(points[:, 0], side, sigma, window, kernel)
+    y, all_down = _profiles(points[:, 1], side, sigma, window, kernel)
+    across = np.empty(len(all_across), np.float32)
     for point in range(len(points)):
-        x, width = _profile(points[point, 0], side, sigma, window, kernel, values, across)
+        start, width = x[0, point], x[1, point]
         if not width:
             continue
-        y, height = _profile(points[point, 1], side, sigma, window, kernel, values, down)
-        for step in range(height):
-            row, weight = grey[y - top + step, x - left : x - left + width], down[step]
+        for place in range(width):
+            across[place] = all_across[x[2, point] + place, point]
+        for step in range(y[1, point]):
+            weight = all_down[y[2, point] + step, point]
+            row = grey[y[0, point] - top + step, start - left : start - left + width]
             for place in range(width):
                 row[place] += weight * across[place]
     # Of each column first: several at a time. One maximum of all would be taken value by value.
     peaks = np.full(grey.shape[1], _TINY, np.float32)
-    for y in range(len(grey)):
-        row = grey[y]
-        for x in range(len(row)):
-            if row[x] > peaks[x]:
-                peaks[x] = row[x]
+    for pixel in range(len(grey)):
+        row = grey[pixel]
+        for place in range(len(row)):
+            if row[place] > peaks[place]:
+                peaks[place] = row[place]
     peak = _TINY
     for of_column in peaks:
         peak = max(peak, of_column)
@@ -194,49 +265,67 @@ def _window(centre: float, side: int, window: int) -> tuple[int, int]:
 
 
 @_compiled
-def _profile(
-    centre: float, side: int, sigma: float, window: int, kernel: Float32, values: Float32, out: Float32
-) -> tuple[int, int]:
-    """First pixel and length of a blurred Gaussian, and its values in `out`; length 0 if no pixel is inside.
+def _profiles(
+    centres: Float32, side: int, sigma: float, window: int, kernel: Float32
+) -> tuple[npt.NDArray[np.int64], Float32]:
+    """The Gaussians of a frame's points along one axis of the canvas: 1 at the nearest pixel inside it, then blurred.
 
-    It is 1 at its nearest pixel inside the frame before it is blurred.
+    Args:
+        centres: coordinates, [P].
+        side, sigma, window, kernel: as for `draw_grey`.
+
+    Returns:
+        Of each point the first pixel, how many there are (0 if none is inside), and which value is the first pixel's:
+        [3,P]. And values, [L,P]: those of all points side by side, so that a step is taken for many of them at a time.
     """
-    first, end = _window(centre, side, window)
-    if first == end:
-        return 0, 0
-    half = len(kernel) // 2
-    border = 2 * half  # The blur reads so many more pixels than there are values.
-    nearest = min(max(int(np.rint(centre)), first), end - 1)
+    points, half, variance = len(centres), len(kernel) // 2, sigma * sigma
+    middle = window + 1  # The nearest pixel may be so far from the window's first.
+    length = 2 * middle + 1 + 2 * half
+    centre = middle + 2 * half  # The blur reads `half` values more on either side than it changes.
+    values, blurred = np.zeros((length + 2 * half, points), np.float32), np.zeros((length, points), np.float32)
+    first, end, nearest = np.empty(points, np.int64), np.empty(points, np.int64), np.empty(points, np.int64)
+    for point in range(points):
+        first[point], end[point] = _window(centres[point], side, window)
+        inside = first[point] < end[point]
+        nearest[point] = (
+            min(max(int(np.rint(centres[point])), first[point]), end[point] - 1) if inside else first[point]
+        )
+
     # A value is its neighbour's, times a factor that falls by one and the same factor from pixel to pixel.
-    apart, variance = nearest - float(centre), sigma * sigma
-    up, down = math.exp(-(0.5 + apart) / variance), math.exp(-(0.5 - apart) / variance)
+    value, factor, reached = np.empty(points), np.empty(points), np.empty(points, np.int64)
     falls = math.exp(-1 / variance)
-    values[:] = 0
-    values[border + nearest - first] = value = 1.0
-    for place in range(border + nearest - first + 1, border + end - first):
-        value *= up
-        up *= falls
-        values[place] = value
-    value = 1.0
-    for place in range(border + nearest - first - 1, border - 1, -1):
-        value *= down
-        down *= falls
-        values[place] = value
-    start, stop = max(first - half, 0), min(end + half, side)
-    if first >= border and end + border < side:
-        for pixel in range(stop - start):
-            total = np.float32(0)
-            for tap in range(len(kernel)):
-                total += kernel[tap] * values[pixel + tap]
-            out[pixel] = total
-    else:  # The frame's edge is a mirror to the blur: BORDER_REFLECT_101.
-        for pixel in range(start, stop):
-            total = np.float32(0)
-            for tap in range(len(kernel)):
-                seen = abs(pixel + tap - half)
-                if seen >= side:
-                    seen = 2 * (side - 1) - seen
-                if first <= seen < end:
-                    total += kernel[tap] * values[border + seen - first]
-            out[pixel - start] = total
-    return start, stop - start
+    values[centre] = 1
+    for way in (-1, 1):
+        for point in range(points):
+            apart = nearest[point] - float(centres[point]) if first[point] < end[point] else 0.0
+            value[point], factor[point] = 1, math.exp(-(0.5 + way * apart) / variance)
+            reached[point] = end[point] - 1 - nearest[point] if way > 0 else nearest[point] - first[point]
+        for step in range(1, middle + 1):
+            row = values[centre + way * step]
+            for point in range(points):
+                value[point] *= factor[point]
+                factor[point] *= falls
+                row[point] = value[point] if step <= reached[point] else 0
+
+    # The frame's edge is a mirror to the blur: BORDER_REFLECT_101.
+    for point in range(points):
+        origin = nearest[point] - centre
+        for beyond in range(1, half + 1):
+            for seen, mirrored in ((beyond, -beyond), (side - 1 - beyond, side - 1 + beyond)):
+                if 0 <= mirrored - origin < len(values) and 0 <= seen - origin < len(values):
+                    values[mirrored - origin, point] = values[seen - origin, point]
+
+    for step in range(length):
+        total = blurred[step]
+        for tap in range(len(kernel)):
+            row, weight = values[step + tap], kernel[tap]
+            for point in range(points):
+                total[point] += weight * row[point]
+
+    spans = np.zeros((3, points), np.int64)
+    for point in range(points):
+        if first[point] < end[point]:
+            start = max(first[point] - half, 0)
+            spans[0, point], spans[1, point] = start, min(end[point] + half, side) - start
+            spans[2, point] = start - (nearest[point] - middle - half)
+    return spans, blurred

@@ -73,18 +73,18 @@ def normalised(clips: UInt8[Tensor, "B T H W 3"] | Sequence[Crop]) -> Float[Tens
         shape, device = torch.Size((len(clips), len(clips[0]), side, side, 3)), torch.device("cpu")
     mean, deviation = np.array(RGB_MEAN), np.array(RGB_STD)
     scale, shift = (
-        torch.tensor(values, dtype=torch.float32, device=device).repeat(shape[3])
+        torch.tensor(values, dtype=torch.float32, device=device)
         for values in (1 / (255 * deviation), -mean / deviation)
     )
     out = torch.empty(shape, device=device)
-    rows = out.flatten(3)  # B T H W3: colours by themselves would be short rows, and slow.
     if device.type == "cpu":
-        for clip, place in zip(clips, rows.numpy(), strict=True):
+        for clip, place in zip(clips, out.numpy(), strict=True):
             if isinstance(clip, Tensor):
                 clip = Crop(clip.numpy(), range(len(clip)), offset=(0, 0), side=shape[3], flip=False)
-            (top, left), indices = clip.corner, np.array(clip.indices)
-            scale_and_shift(clip.video, indices, top, left, clip.flip, scale.numpy(), shift.numpy(), place)
+            (top, left), video, indices = clip.corner, np.ascontiguousarray(clip.video), np.array(clip.indices)
+            scale_and_shift(video, indices, top, left, clip.flip, scale.numpy(), shift.numpy(), place)
     else:
         assert isinstance(clips, Tensor)
-        torch.addcmul(shift, rows.copy_(clips.flatten(3)), scale, out=rows)
+        rows = out.flatten(3)  # Colours by themselves would be short rows, and slow.
+        torch.addcmul(shift.repeat(shape[3]), rows.copy_(clips.flatten(3)), scale.repeat(shape[3]), out=rows)
     return out.permute(0, 4, 1, 2, 3)

@@ -73,7 +73,9 @@ def draw(landmarks: Float[Tensor, "*batch P 2"], config: HeatmapConfig) -> Float
     drawn = torch.zeros(len(flat), side, side, device=flat.device)
     if _in_loops(flat):
         rows, columns = _region(flat, config)
-        compiled.draw_grey(*_arguments(flat, config, rows, columns), drawn[:, rows, columns].numpy())
+        part = torch.empty_like(drawn[:, rows, columns], memory_format=torch.contiguous_format)
+        compiled.draw_grey(*_arguments(flat, config, rows, columns), part.numpy())
+        drawn[:, rows, columns] = part
     else:
         for frames, grey in _drawn(flat, config):
             drawn[frames] = grey
@@ -279,7 +281,9 @@ def _jet_frames(flat: Tensor, config: HeatmapConfig) -> Tensor:
     words = torch.full((len(flat), side, side), dark, dtype=torch.int32, device=flat.device)
     if _in_loops(flat):
         rows, columns = _region(flat, config)
-        compiled.draw_words(*_arguments(flat, config, rows, columns), words[:, rows, columns].numpy(), table.numpy())
+        part = torch.empty_like(words[:, rows, columns], memory_format=torch.contiguous_format)
+        compiled.draw_words(*_arguments(flat, config, rows, columns), part.numpy(), table.numpy())
+        words[:, rows, columns] = part
     else:
         for frames, grey in _drawn(flat, config):
             torch.index_select(table, 0, _level(grey), out=words[frames].view(-1))

@@ -2,23 +2,27 @@
 
 import numpy as np
 import pytest
+import torch
 
 from qafe.data import compiled
 
 
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
-def test_crops_are_scaled(read_only: bool, flip: bool) -> None:
+@pytest.mark.parametrize(("side", "shifted"), [(5, 0), (16, 0), (48, 0), (48, 1)])
+def test_crops_are_scaled(read_only: bool, flip: bool, side: int, shifted: int) -> None:
+    """A width of whole blocks goes past the caches, if its place in memory allows; no number beside it changes."""
     rng = np.random.default_rng(0)
-    video = rng.integers(0, 256, (4, 9, 8, 3), np.uint8)
+    video = rng.integers(0, 256, (4, 9, side + 3, 3), np.uint8)
     video.flags.writeable = not read_only
-    of_colours = rng.random((2, 3), np.float32)
-    scale, shift = np.tile(of_colours, 5)
-    out = np.empty((3, 4, 15), np.float32)
+    scale, shift = rng.random((2, 3), np.float32)
+    numbers = torch.full((16 + 3 * 4 * side * 3 + 16,), 7.0).numpy()  # Torch's memory begins with a cache line.
+    inside = slice(16 + shifted, len(numbers) - 16 + shifted)
+    out = numbers[inside].reshape(3, 4, side, 3)
     compiled.scale_and_shift(video, np.array([2, 0, 2]), 3, 1, flip, scale, shift, out)
-    crops = video[[2, 0, 2], 3:7, 1:6]
-    expected = (crops[:, :, ::-1] if flip else crops) * of_colours[0] + of_colours[1]
-    np.testing.assert_allclose(out.reshape(3, 4, 5, 3), expected, rtol=1e-6)
+    crops = video[[2, 0, 2], 3:7, 1 : 1 + side]
+    np.testing.assert_allclose(out, (crops[:, :, ::-1] if flip else crops) * scale + shift, rtol=1e-6)
+    assert (np.delete(numbers, np.arange(len(numbers))[inside]) == 7).all()
 
 
 def test_points_reach_their_windows_and_the_blur() -> None:
