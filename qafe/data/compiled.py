@@ -211,13 +211,19 @@ def draw_words(
 
 
 @_compiled
-def split_words(words: npt.NDArray[np.int32], out: Float32) -> None:
-    """int32 [N,H,W] -> [C,N,H,W]: a word's bytes, the lowest first, as numbers in [0, 1]."""
+def split_words(words: npt.NDArray[np.int32], out: Float32, first: int, top: int, left: int) -> None:
+    """A word's bytes, the lowest first, as numbers in [0, 1].
+
+    Args:
+        words: [n,h,w].
+        out: [C,N,H,W]; written from this frame, row and column on.
+    """
+    width = words.shape[2]
     for channel in range(len(out)):
         for frame in range(words.shape[0]):
             for y in range(words.shape[1]):
-                row, place = words[frame, y], out[channel, frame, y]
-                for x in range(len(row)):
+                row, place = words[frame, y], out[channel, first + frame, top + y, left : left + width]
+                for x in range(width):
                     place[x] = np.float32((row[x] >> (8 * channel)) & 255) / np.float32(255)
 
 

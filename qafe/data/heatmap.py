@@ -295,7 +295,8 @@ def _render_jet(flat: Tensor, config: HeatmapConfig, out: Tensor) -> None:
     side, resized = config.canvas_px, out.shape[-1]
     if not _in_loops(flat):
         for frames in _chunks(flat, side):
-            _resize_jet(_jet_frames(flat[frames], config), out[:, frames])
+            small = _resize_jet(_jet_frames(flat[frames], config), resized, resized)
+            out[:, frames] = small[:, :3].float().div_(255).movedim(1, 0)
         return
     for plane, level in zip(out, _jet()[0].tolist(), strict=True):
         plane.fill_(level / 255)
@@ -311,7 +312,9 @@ def _render_jet(flat: Tensor, config: HeatmapConfig, out: Tensor) -> None:
         words = torch.empty(out[0, frames].shape[0], *(span.stop - span.start for span in canvas), dtype=torch.int32)
         table = _jet_words(flat.device)[1].numpy()
         compiled.draw_words(*_arguments(flat[frames], config, *canvas), words.numpy(), table)
-        _resize_jet(words, out[:, frames, rows, columns])
+        small = _resize_jet(words, rows.stop - rows.start, columns.stop - columns.start)
+        words = small.permute(0, 2, 3, 1).contiguous().view(torch.int32)[..., 0]
+        compiled.split_words(words.numpy(), out.numpy(), frames.start, rows.start, columns.start)
 
 
 @cache
@@ -342,13 +345,10 @@ def _resized(frames: Tensor, height_px: int, width_px: int) -> Tensor:
     )
 
 
-def _resize_jet(words: Tensor, out: Tensor) -> None:
-    """int32 [n,H,W] -> [3,n,h,w] in [0, 1]: resized across, rounded to levels, then down, and rounded, like Pillow."""
-    height_px, width_px = out.shape[-2:]
+def _resize_jet(words: Tensor, height_px: int, width_px: int) -> Tensor:
+    """int32 [n,H,W] -> [n,4,h,w], whole levels: resized across, rounded, then down, and rounded, like Pillow."""
     frames = words.view(torch.uint8).view(*words.shape, 4).permute(0, 3, 1, 2)
-    if frames.device.type == "cpu":  # Torch resizes bytes as Pillow does, but not on a GPU.
-        small = _resized(frames, height_px, width_px).permute(0, 2, 3, 1).contiguous().view(torch.int32)[..., 0]
-        compiled.split_words(small.numpy(), out.numpy())
-    else:
-        wide = _resized(frames[:, :3].float(), words.shape[1], width_px).add_(0.5).floor_()
-        out.copy_(_resized(wide, height_px, width_px).add_(0.5).floor_().div_(255).movedim(1, 0))
+    if frames.device.type == "cpu":  # Torch resizes bytes so, but not on a GPU.
+        return _resized(frames, height_px, width_px)
+    wide = _resized(frames.float(), words.shape[1], width_px).add_(0.5).floor_()
+    return _resized(wide, height_px, width_px).add_(0.5).floor_()
