@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
 Codegen = tuple[object, Callable[..., object]]
 """What Numba asks of an intrinsic: its signature, and what writes its instructions."""
 
@@ -88,7 +89,7 @@ _streamed = cast(Callable[[], None], intrinsic(_fence))
 @_compiled
 def scale_and_shift(
     video: npt.NDArray[np.uint8],
-    indices: npt.NDArray[np.int64],
+    indices: Int64,
     top: int,
     left: int,
     flip: bool,
@@ -233,24 +234,22 @@ def _sum(
 ) -> np.float32:
     """All points of a frame, and the greatest sum: a smallest normal number at least, which keeps 0/0 away."""
     grey[:] = 0
-    x, all_across = _profiles(points[:, 0], side, sigma, window, kernel)
-    y, all_down = _profiles(points[:, 1], side, sigma, window, kernel)
-    across = np.empty(len(all_across), np.float32)
-    for point in range(len(points)):
-        start, width = x[0, point], x[1, point]
+    first, size, begin, values = _profiles(points.T.copy().reshape(points.size), side, sigma, window, kernel)
+    across = np.empty(len(values), np.float32)
+    for x in range(len(points)):
+        y, start, width = len(points) + x, first[x] - left, size[x]
         if not width:
             continue
         for place in range(width):
-            across[place] = all_across[x[2, point] + place, point]
-        for step in range(y[1, point]):
-            weight = all_down[y[2, point] + step, point]
-            row = grey[y[0, point] - top + step, start - left : start - left + width]
+            across[place] = values[begin[x] + place, x]
+        for step in range(size[y]):
+            row, weight = grey[first[y] - top + step, start : start + width], values[begin[y] + step, y]
             for place in range(width):
                 row[place] += weight * across[place]
     # Of each column first: several at a time. One maximum of all would be taken value by value.
     peaks = np.full(grey.shape[1], _TINY, np.float32)
-    for pixel in range(len(grey)):
-        row = grey[pixel]
+    for y in range(len(grey)):
+        row = grey[y]
         for place in range(len(row)):
             if row[place] > peaks[place]:
                 peaks[place] = row[place]
@@ -273,65 +272,61 @@ def _window(centre: float, side: int, window: int) -> tuple[int, int]:
 @_compiled
 def _profiles(
     centres: Float32, side: int, sigma: float, window: int, kernel: Float32
-) -> tuple[npt.NDArray[np.int64], Float32]:
-    """The Gaussians of a frame's points along one axis of the canvas: 1 at the nearest pixel inside it, then blurred.
+) -> tuple[Int64, Int64, Int64, Float32]:
+    """Gaussians along an axis of the canvas: 1 at the nearest pixel inside it, then blurred.
+
+    Values of all profiles lie side by side, so that a step is taken for many of them at a time.
 
     Args:
-        centres: coordinates, [P].
+        centres: coordinates, [C].
         side, sigma, window, kernel: as for `draw_grey`.
 
     Returns:
-        Of each point the first pixel, how many there are (0 if none is inside), and which value is the first pixel's:
-        [3,P]. And values, [L,P]: those of all points side by side, so that a step is taken for many of them at a time.
+        Of each profile the first pixel, how many there are (0 if none is inside), and which of its values is that of
+        the first pixel: [C] each. And the values, [L,C].
     """
-    points, half, variance = len(centres), len(kernel) // 2, sigma * sigma
+    count, half, variance = len(centres), len(kernel) // 2, sigma * sigma
     middle = window + 1  # The nearest pixel may be so far from the window's first.
     length = 2 * middle + 1 + 2 * half
     centre = middle + 2 * half  # The blur reads `half` values more on either side than it changes.
-    values, blurred = np.zeros((length + 2 * half, points), np.float32), np.zeros((length, points), np.float32)
-    first, end, nearest = np.empty(points, np.int64), np.empty(points, np.int64), np.empty(points, np.int64)
-    for point in range(points):
-        first[point], end[point] = _window(centres[point], side, window)
-        inside = first[point] < end[point]
-        nearest[point] = (
-            min(max(int(np.rint(centres[point])), first[point]), end[point] - 1) if inside else first[point]
-        )
+    values, blurred = np.zeros((length + 2 * half, count), np.float32), np.zeros((length, count), np.float32)
+    first, size, begin = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.int64)
+    nearest, reached = np.zeros(count, np.int64), np.zeros((2, count), np.int64)
+    for c in range(count):
+        start, end = _window(centres[c], side, window)
+        if start < end:
+            nearest[c] = min(max(int(np.rint(centres[c])), start), end - 1)
+            reached[0, c], reached[1, c] = nearest[c] - start, end - 1 - nearest[c]
+            first[c] = max(start - half, 0)
+            size[c] = min(end + half, side) - first[c]
+            begin[c] = first[c] - (nearest[c] - middle - half)
 
     # A value is its neighbour's, times a factor that falls by one and the same factor from pixel to pixel.
-    value, factor, reached = np.empty(points), np.empty(points), np.empty(points, np.int64)
-    falls = math.exp(-1 / variance)
+    value, factor, falls = np.empty(count), np.empty(count), math.exp(-1 / variance)
     values[centre] = 1
-    for way in (-1, 1):
-        for point in range(points):
-            apart = nearest[point] - float(centres[point]) if first[point] < end[point] else 0.0
-            value[point], factor[point] = 1, math.exp(-(0.5 + way * apart) / variance)
-            reached[point] = end[point] - 1 - nearest[point] if way > 0 else nearest[point] - first[point]
+    for way in range(2):
+        for c in range(count):
+            apart = nearest[c] - float(centres[c])
+            value[c], factor[c] = 1, math.exp(-(0.5 + (apart if way else -apart)) / variance)
         for step in range(1, middle + 1):
-            row = values[centre + way * step]
-            for point in range(points):
-                value[point] *= factor[point]
-                factor[point] *= falls
-                row[point] = value[point] if step <= reached[point] else 0
+            row = values[centre + step if way else centre - step]
+            for c in range(count):
+                value[c] *= factor[c]
+                factor[c] *= falls
+                row[c] = value[c] if step <= reached[way, c] else 0
 
     # The frame's edge is a mirror to the blur: BORDER_REFLECT_101.
-    for point in range(points):
-        origin = nearest[point] - centre
+    for c in range(count):
+        origin = nearest[c] - centre
         for beyond in range(1, half + 1):
             for seen, mirrored in ((beyond, -beyond), (side - 1 - beyond, side - 1 + beyond)):
                 if 0 <= mirrored - origin < len(values) and 0 <= seen - origin < len(values):
-                    values[mirrored - origin, point] = values[seen - origin, point]
+                    values[mirrored - origin, c] = values[seen - origin, c]
 
     for step in range(length):
         total = blurred[step]
         for tap in range(len(kernel)):
             row, weight = values[step + tap], kernel[tap]
-            for point in range(points):
-                total[point] += weight * row[point]
-
-    spans = np.zeros((3, points), np.int64)
-    for point in range(points):
-        if first[point] < end[point]:
-            start = max(first[point] - half, 0)
-            spans[0, point], spans[1, point] = start, min(end[point] + half, side) - start
-            spans[2, point] = start - (nearest[point] - middle - half)
-    return spans, blurred
+            for c in range(count):
+                total[c] += weight * row[c]
+    return first, size, begin, blurred
