@@ -39,7 +39,7 @@ class CheckpointError(QafeError):
 
 
 class PrecisionError(CheckpointError):
-    """A run would resume in another precision than it was started in, as on another kind of GPU."""
+    """A run would resume in another precision than it was started in, as on another kind of device."""
 
 
 class TrackingError(QafeError):

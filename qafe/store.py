@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from .config import EXPRESSIONS
@@ -40,14 +41,8 @@ Points = npt.NDArray[np.float32]
 
 CSV_COLUMNS = ("id", "label", "frames", "class")
 _PUBLISHED_VIDEO_LENGTH = 11
-_REDUCED = {
-    1: cv2.IMREAD_COLOR_RGB,
-    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
-"""How OpenCV halves while it decodes. The GRAYSCALE flags are the bare factors: they are grey only without a colour."""
-_END_OF_IMAGE = b"\xff\xd9"
+_REDUCED = (8, 4, 2, 1)
+"""By what a JPEG decoder can divide a frame's sides in place of some of its work."""
 
 
 class CsvRow(NamedTuple):
@@ -196,8 +191,8 @@ class Store:
         shape = _header_shape(paths[0])
         distinct, place = np.unique(wanted, return_inverse=True)
         decoded = np.empty((len(distinct), size_px, size_px, 3), np.uint8)
-        for row, index in enumerate(distinct):
-            decoded[row] = _read_jpeg(paths[index], shape, size_px)
+        for row, index in zip(decoded, distinct, strict=True):
+            _read_jpeg(paths[index], shape, row)
         return decoded if np.array_equal(distinct, wanted) else decoded[place]
 
     def stamp(self, patient: str, video: str) -> tuple[int, int]:
@@ -481,27 +476,26 @@ def _unreadable(path: Path) -> MediaError:
     )
 
 
-def _read_jpeg(path: Path, shape: tuple[int, int], size_px: int) -> Frames:
-    """One frame at size_px; shape is what the video's first frame has."""
+def _read_jpeg(path: Path, shape: tuple[int, int], out: Frames) -> None:
+    """One frame into [H,W,3] with H = W; shape is what the video's first frame has."""
+    size_px = len(out)
+    factor = next(factor for factor in _REDUCED if factor == 1 or min(shape) // factor >= size_px)
+    height, width = (-(-side // factor) for side in shape)
+    fits = (height, width) == (size_px, size_px)
     try:
         data = path.read_bytes()
-    except OSError as err:
+        same = simplejpeg.decode_jpeg_header(data)[:2] == shape
+        if same:  # Strict: libjpeg itself fills what it cannot read with grey, and only warns.
+            image = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, buffer=out if fits else None)
+    except (OSError, ValueError) as err:
         raise _unreadable(path) from err
-    # libjpeg fills the rest of a short file with grey and only warns, so the end marker is looked for here.
-    if _END_OF_IMAGE not in data[-1024:]:
-        raise _unreadable(path)
-    factor = max(factor for factor in _REDUCED if factor == 1 or min(shape) // factor >= size_px)
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[factor] | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None:
-        raise _unreadable(path)
-    if image.shape[:2] != tuple(-(-side // factor) for side in shape):
+    if not same:
         raise MediaError(
             f"all frames of a video must have the size of its first, {shape[0]}x{shape[1]} px, and {path} "
             "has another. Run python -m qafe prepare again."
         )
-    if image.shape[:2] != (size_px, size_px):
-        image = cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA)
-    return np.asarray(image, dtype=np.uint8)
+    if not fits:
+        cv2.resize(image, (size_px, size_px), dst=out, interpolation=cv2.INTER_AREA)
 
 
 def _read_rendered(path: Path, size_px: int) -> Frames:

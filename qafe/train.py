@@ -455,7 +455,7 @@ class _Run:
             self.scaler.load_state_dict(state["scaler"])
 
     def _keep_precision(self, held: str, path: Path) -> None:
-        """What ``train.precision=auto`` means depends on the GPU, and the numbers on what it means."""
+        """What ``train.precision=auto`` means depends on the device, and the numbers on what it means."""
         ours, wanted = precision_name(self.amp_dtype), self.config.train.precision
         if held != ours:
             raise PrecisionError(

@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from qafe.errors import ConfigError
 
 from . import reference
 from .bench import __main__ as command
-from .bench import device, growth, heatmaps, published, recorded, search, step, sweeps, tracking
+from .bench import device, growth, heatmaps, jpeg, published, recorded, search, step, sweeps, tracking
 from .bench.rounds import Row
 
 
@@ -357,3 +358,17 @@ def test_sweeps_at_the_smallest_size(tmp_path: Path) -> None:
     assert len(found.rows) == 1
     assert found.rows[0].ours[0] > found.rows[0].rival[0] > 0
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_decoders_are_compared_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jpeg, "FILES", 2)
+    turbo = types.ModuleType("turbojpeg")
+    turbo.TJPF_RGB = 0  # type: ignore[attr-defined]
+    turbo.TurboJPEG = lambda: types.SimpleNamespace(decode=lambda file, pixel_format: jpeg._opencv(file))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "turbojpeg", turbo)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # as if it were not installed
+    found = jpeg.bench(1)
+    assert [row.rival_name for row in found.rows] == ["OpenCV", "Pillow", "PyTurboJPEG"] * 2
+    assert {note for row in found.rows for note in row.notes} == {"largest difference: 0 levels"}
+    assert len({row.what for row in found.rows}) == 2
+    assert [why.partition(":")[0] for why in found.left_out] == ["torchcodec"]

@@ -91,6 +91,41 @@ def test_truncated_jpeg_names_the_file(store: Store, keep: float) -> None:
         store.read_frames("P1", "v", [0, 1], 256)
 
 
+def test_a_jpeg_damaged_in_its_middle_is_refused(store: Store) -> None:
+    path = store.frame_paths("P1", "v")[1]
+    data = bytearray(path.read_bytes())
+    end_of_image = b"\xff\xd9"
+    data[len(data) // 2 : len(data) // 2 + 2] = end_of_image  # a whole file to who looks at its end
+    path.write_bytes(data)
+    assert data.endswith(end_of_image)
+    with pytest.raises(MediaError, match=r"img_00002\.jpg is damaged or truncated"):
+        store.read_frames("P1", "v", [0, 1], 256)
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        ("RGB", {"progressive": True, "subsampling": "4:2:2"}),
+        ("RGB", {"subsampling": "4:4:4"}),
+        ("L", {}),
+        ("CMYK", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", [256, 120, 64, 32])
+def test_other_jpegs_are_read_as_opencv_does(store: Store, side: int, mode: str, settings: dict[str, object]) -> None:
+    path = store.frame_paths("P1", "v")[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: lying. Frames are taken as they are stored.
+    Image.fromarray(video_frames(0, 1, 256)[0]).convert(mode).save(path, exif=exif, **settings)
+    reduced = {256: 1, 120: 2, 64: 4, 32: 8}[side]
+    flags = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
+    expected = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | flags.get(reduced, 0))
+    assert expected.shape == (256 // reduced, 256 // reduced, 3)
+    expected = cv2.resize(expected, (side, side), interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(store.read_frames("P1", "v", [0], side)[0], expected)
+
+
 def test_frame_of_another_size(store: Store) -> None:
     Image.new("RGB", (128, 256)).save(store.frame_paths("P1", "v")[1])
     with pytest.raises(MediaError, match=r"size of its first, 256x256 px.*img_00002"):

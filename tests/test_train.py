@@ -281,7 +281,7 @@ def test_a_run_resumes_in_its_own_precision(
 ) -> None:
     def fitted(dtype: torch.dtype | None, settings: dict[str, object], resume_from: Path | None) -> EpochResult:
         monkeypatch.setattr("qafe.train.amp_dtype", lambda *_: dtype)
-        config, device = override(quick, settings), torch.device("cpu")
+        config, device = override(quick, {"train.precision": "auto"} | settings), torch.device("cpu")
         return next(fit(config, smile.store, smile.train, smile.validation, device=device, resume_from=resume_from))
 
     fitted(before, {}, None).save(tmp_path)
@@ -300,15 +300,15 @@ def test_a_state_of_an_earlier_version_does_not_know_its_precision(
     quick: Config, smile: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool
 ) -> None:
     dtype = torch.float16 if scaled else None
-    device = torch.device("cpu")
+    config, device = override(quick, {"train.precision": "auto"}), torch.device("cpu")
     monkeypatch.setattr("qafe.train.amp_dtype", lambda *_: dtype)
-    next(fit(quick, smile.store, smile.train, smile.validation, device=device)).save(tmp_path)
+    next(fit(config, smile.store, smile.train, smile.validation, device=device)).save(tmp_path)
     state = torch.load(tmp_path / STATE_FILE)
     assert bool(state["scaler"]) == scaled
     del state["precision"]
     torch.save(state, tmp_path / STATE_FILE)
     monkeypatch.setattr("qafe.train.amp_dtype", lambda *_: torch.float16)
-    resumed = next(fit(quick, smile.store, smile.train, smile.validation, device=device, resume_from=tmp_path))
+    resumed = next(fit(config, smile.store, smile.train, smile.validation, device=device, resume_from=tmp_path))
     assert resumed.epoch == 2
     assert math.isfinite(resumed.train_loss)
     with pytest.raises(CheckpointError, match=r"train\.precision=auto"):
@@ -353,18 +353,22 @@ def test_learning_rates_by_hand() -> None:
 
 
 def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    assert amp_dtype(TrainConfig(), cpu) is None
-    assert amp_dtype(TrainConfig(precision="bf16"), cpu) == torch.bfloat16
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    # Xeons of 2017, of 2020 and of 2023.
+    for known, dtype in (({}, None), ({"avx512_bf16": True}, None), ({"avx512_bf16": True, "amx_bf16": True}, bf16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        assert amp_dtype(TrainConfig(), cpu) == dtype
+        assert amp_dtype(TrainConfig(precision="fp32"), cpu) is None
+    assert amp_dtype(TrainConfig(precision="bf16"), cpu) == bf16
     # A machine with an A100 and a V100, which only emulates bf16; the A100 is the current one.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     major = {None: 8, 0: 8, 1: 7}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major[torch.device(device).index], 0))
-    for name, dtype in (("cuda", torch.bfloat16), ("cuda:0", torch.bfloat16), ("cuda:1", torch.float16)):
+    for name, dtype in (("cuda", bf16), ("cuda:0", bf16), ("cuda:1", torch.float16)):
         assert amp_dtype(TrainConfig(), torch.device(name)) == dtype
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert amp_dtype(TrainConfig(), torch.device("cuda:1")) == torch.bfloat16
+    assert amp_dtype(TrainConfig(), torch.device("cuda:1")) == bf16
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         amp_dtype(TrainConfig(precision="fp16"), cpu)
     with pytest.raises(ConfigError, match="device"):
@@ -401,11 +405,11 @@ def test_the_loss_of_bf16_stays_within_the_noise_of_seeds_over_50_steps(quick: C
 @pytest.mark.gpu
 def test_training_on_a_gpu_resumes(quick: Config, smile: Cohort, tmp_path: Path) -> None:
     device = pick_device("cuda")
-    results = []
-    for result in fit(quick, smile.store, smile.train, smile.validation, device=device):
+    config, results = override(quick, {"train.precision": "auto"}), []
+    for result in fit(config, smile.store, smile.train, smile.validation, device=device):
         results.append(result)
         result.save(tmp_path / str(result.epoch))
-    rest = list(fit(quick, smile.store, smile.train, smile.validation, device=device, resume_from=tmp_path / "1"))
+    rest = list(fit(config, smile.store, smile.train, smile.validation, device=device, resume_from=tmp_path / "1"))
     assert rest[-1].train_loss == pytest.approx(results[-1].train_loss, rel=1e-3)
 
 
@@ -414,7 +418,7 @@ def test_training_on_a_gpu_resumes(quick: Config, smile: Cohort, tmp_path: Path)
 def test_scores_on_a_cpu_are_those_that_training_on_a_gpu_reported(
     quick: Config, smile: Cohort, tmp_path: Path, workers: int
 ) -> None:
-    config = override(quick, {"data.workers": workers})
+    config = override(quick, {"data.workers": workers, "train.precision": "auto"})
     results = list(fit(config, smile.store, smile.train, smile.validation, device=pick_device("cuda")))
     assert torch.backends.cudnn.allow_tf32, "training itself may use it"
     results[-1].save(tmp_path)

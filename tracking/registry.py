@@ -39,7 +39,7 @@ OBJECTIVE = "best_spearman"
 SCORES = (OBJECTIVE, "test_spearman")
 """What a version says about itself."""
 REQUIREMENTS = ("torch", "einops", "jaxtyping", "numba", "numpy", "opencv-python-headless", "pandas", "pillow",
-                "safetensors", "scipy")  # fmt: skip
+                "safetensors", "scipy", "simplejpeg")  # fmt: skip
 UV_FILES = ("uv.lock", "pyproject.toml", ".python-version")
 """What MLflow takes along from the folder that a command is run in."""
 

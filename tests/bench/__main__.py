@@ -3,6 +3,7 @@
 python -m tests.bench                              all that needs no files: heatmaps, clips, step
 python -m tests.bench --published PATH             the same, and a step of the authors' own code
 python -m tests.bench clips
+python -m tests.bench jpeg                         one frame's decoding, library against library
 python -m tests.bench step [--preset small] [--batch4]
 python -m tests.bench --device cuda                heatmaps and steps on a GPU
 python -m tests.bench growth [--plot FILE.png]
@@ -42,6 +43,8 @@ from .rounds import Found, Row
 
 WITHOUT_FILES = ("heatmaps", "clips", "step")
 ON_A_DEVICE = ("heatmaps", "step")
+OWN_RIVALS = ("jpeg", "search", "sweeps", "tracking")
+"""Subjects whose rivals are not the published computation."""
 PUBLISHED = ("published", "rewritten", "authors' code")
 """Rivals that need no name in the table."""
 ROUNDS = {"step": 3}
@@ -82,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     subjects.add_parser("heatmaps", parents=[common], help="landmarks -> heatmap frames")
     subjects.add_parser("clips", parents=[common], help="prepared dataset -> what the model reads")
     subjects.add_parser("step", parents=[common], help="a training step, inference, peak memory")
+    subjects.add_parser("jpeg", parents=[common], help="a frame's JPEG -> pixels: our decoder against others")
     sub = subjects.add_parser("growth", parents=[common], help="cost against clip length, batch, clips and workers")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, e.g. growth.png")
     subjects.add_parser("search", parents=[common], help="epochs that TPE with ASHA needs, against random search")
@@ -131,7 +135,7 @@ def _run(options: argparse.Namespace) -> int:
         content["recorded"] = {"source": recorded.SOURCE, "scaled": False, "kernel_cpu_s_here": kernel_s}
         said.append(recorded.sentence(kernel_s))
     wide.print(_table(found.rows))
-    about = [_rivals(found.rows, options.published)] if options.subject not in ("search", "sweeps", "tracking") else []
+    about = [_rivals(found.rows, options.published)] if options.subject not in OWN_RIVALS else []
     for sentence in (*about, *said, *(f"left out: {why}" for why in found.left_out)):
         wide.print(sentence, highlight=False)
     _write(options.json, content)
@@ -159,6 +163,10 @@ def _found(options: argparse.Namespace) -> Found:
         from . import clips
 
         return Found(clips.bench(rounds, options.threads or 2))
+    if subject == "jpeg":
+        from . import jpeg
+
+        return jpeg.bench(rounds)
     if subject == "step":
         from . import step
 
