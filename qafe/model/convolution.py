@@ -1,4 +1,4 @@
-"""The RGB encoder's convolutions on a CPU, in ``channels_last``: what oneDNN is slow or wrong at is done otherwise."""
+"""The encoders' convolutions on a CPU, in ``channels_last``: what oneDNN is slow or wrong at is done otherwise."""
 
 from itertools import product
 from typing import Any
@@ -38,8 +38,7 @@ class Conv3x3(nn.Conv2d):
 class Conv1x1(nn.Conv2d):
     """A 1 x 1 convolution without bias; otherwise torch's.
 
-    On a CPU it is a product of matrices. oneDNN's gradient of the weights writes beyond its memory for a stride of 2
-    and up to 6 channels of the input (torch 2.13, AVX2, ``channels_last``).
+    On a CPU it is `convolve_pixels`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
@@ -49,8 +48,19 @@ class Conv1x1(nn.Conv2d):
         """A stride of 2 halves height and width."""
         if x.device.type != "cpu":
             return super().forward(x)
-        seen = x[..., :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
-        return F.linear(seen, self.weight.flatten(1)).permute(0, 3, 1, 2)
+        return convolve_pixels(x, self.weight.flatten(1), stride=self.stride[0])
+
+
+def convolve_pixels(
+    x: Float[Tensor, "N C H W"], weight: Float[Tensor, "C2 C"], *, stride: int
+) -> Float[Tensor, "N C2 H2 W2"]:
+    """A convolution without extent, as a product of matrices.
+
+    oneDNN's gradient of such weights writes beyond its memory for a stride of 2 and up to 6 channels of the input
+    (torch 2.13, AVX2, ``channels_last``).
+    """
+    seen = x[..., ::stride, ::stride].permute(0, 2, 3, 1)
+    return F.linear(seen, weight).permute(0, 3, 1, 2)
 
 
 class _Conv3x3(torch.autograd.Function):

@@ -1,10 +1,14 @@
 """SlowOnly: the heatmap frames of one segment -> one heatmap token."""
 
+import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config import HeatmapEncoderConfig
+from .batchnorm import BatchNorm2d
+from .convolution import convolve_pixels
 from .pooling import max_pool
 from .transformer import init_conv
 
@@ -13,11 +17,16 @@ EXPANSION = 4
 
 
 class ConvNorm(nn.Module):
-    """A 3-D convolution and its batch norm; kernel and stride are (time, space)."""
+    """A 3-D convolution and its batch norm; kernel and stride are (time, space).
+
+    No kernel here has extent in time and in space, so that frames, in ``channels_last``, go through 2-D operations:
+    nothing is laid out anew between them.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel: tuple[int, int], stride: int = 1) -> None:
         super().__init__()
         time, space = kernel
+        assert time == 1 or space == 1
         self.conv = nn.Conv3d(
             in_channels,
             out_channels,
@@ -26,25 +35,29 @@ class ConvNorm(nn.Module):
             padding=(time // 2, space // 2, space // 2),
             bias=False,
         )
-        self.bn = nn.BatchNorm3d(out_channels)
+        self.bn = BatchNorm2d(out_channels)
 
-    def forward(self, x: Float[Tensor, "N C T H W"]) -> Float[Tensor, "N C2 T H2 W2"]:
-        """Convolution, then norm."""
-        y: Tensor = self.bn(self._convolve(x))
+    def forward(self, x: Float[Tensor, "NT C H W"], frames: int) -> Float[Tensor, "NT C2 H2 W2"]:
+        """Convolution, then norm.
+
+        Args:
+            x: segments of so many frames each, one after the other.
+        """
+        y: Tensor = self.bn(self._convolve(x, frames))
         return y
 
-    def _convolve(self, x: Float[Tensor, "N C T H W"]) -> Float[Tensor, "N C2 T H2 W2"]:
-        weight = self.conv.weight
-        if weight.shape[-1] > 1:
-            y: Tensor = self.conv(x)
-            return y
-        # A kernel without extent in space is a 2-D one over (time, places), for which there is faster code: a
-        # tenth of the time on a CPU, and the view costs nothing.
-        stride = self.conv.stride[-1]
-        if stride > 1:
-            x = x[..., ::stride, ::stride]
-        flat = F.conv2d(x.flatten(3), weight.flatten(3), padding=(weight.shape[2] // 2, 0))
-        return flat.reshape(*flat.shape[:3], *x.shape[3:])
+    def _convolve(self, x: Float[Tensor, "NT C H W"], frames: int) -> Float[Tensor, "NT C2 H2 W2"]:
+        weight, stride = self.conv.weight, self.conv.stride[-1]
+        time, space = weight.shape[2:4]
+        if space > 1:
+            return F.conv2d(x, weight[:, :, 0], stride=stride, padding=space // 2)
+        if time == 1:
+            return convolve_pixels(x, weight.flatten(1), stride=stride)
+        assert stride == 1
+        # A 2-D convolution over (time, places).
+        places = rearrange(x, "(n t) c h w -> n t (h w) c", t=frames).permute(0, 3, 1, 2)
+        y = F.conv2d(places, weight.flatten(3), padding=(time // 2, 0)).permute(0, 2, 3, 1)
+        return rearrange(y, "n t (h w) c -> (n t) h w c", h=x.shape[2]).permute(0, 3, 1, 2)
 
 
 class Bottleneck3d(nn.Module):
@@ -60,15 +73,16 @@ class Bottleneck3d(nn.Module):
         self.reduce = ConvNorm(in_channels, channels, kernel=(3 if inflate else 1, 1))
         self.spatial = ConvNorm(channels, channels, kernel=(1, 3), stride=stride)
         self.expand = ConvNorm(channels, out_channels, kernel=(1, 1))
-        self.shortcut: nn.Module = nn.Identity()
+        self.shortcut: ConvNorm | None = None
         if stride != 1 or in_channels != out_channels:
             self.shortcut = ConvNorm(in_channels, out_channels, kernel=(1, 1), stride=stride)
 
-    def forward(self, x: Float[Tensor, "N C T H W"]) -> Float[Tensor, "N C2 T H2 W2"]:
+    def forward(self, x: Float[Tensor, "NT C H W"], frames: int) -> Float[Tensor, "NT C2 H2 W2"]:
         """One block; a stride of 2 halves height and width, never time."""
-        y = F.relu_(self.reduce(x))
-        y = F.relu_(self.spatial(y))
-        return F.relu_(self.expand(y).add_(self.shortcut(x)))
+        y = F.relu_(self.reduce(x, frames))
+        y = F.relu_(self.spatial(y, frames))
+        y = self.expand(y, frames)
+        return F.relu_(y.add_(x if self.shortcut is None else self.shortcut(x, frames)))
 
 
 class SlowOnly(nn.Module):
@@ -90,7 +104,7 @@ class SlowOnly(nn.Module):
         channels_in = config.width
         for stage, blocks in enumerate(config.blocks):
             channels = config.width * 2**stage
-            layers = nn.Sequential()
+            layers = nn.ModuleList()
             for block in range(blocks):
                 layers.append(Bottleneck3d(channels_in, channels, stride=2 if block == 0 else 1, inflate=stage > 0))
                 channels_in = EXPANSION * channels
@@ -99,8 +113,11 @@ class SlowOnly(nn.Module):
 
     def forward(self, x: Float[Tensor, "N C T H W"]) -> Float[Tensor, "N D"]:
         """One token a segment."""
-        x = F.relu_(self.stem(x))  # N width T H W
-        x = max_pool(x.flatten(0, 1), stride=1).reshape(x.shape)  # N width T H W
+        segments, frames = len(x), x.shape[2]
+        x = rearrange(x, "n c t h w -> (n t) c h w").contiguous(memory_format=torch.channels_last)
+        x = F.relu_(self.stem(x, frames))  # (N T) width H W
+        x = max_pool(x, stride=1)
         for stage in self.stages:
-            x = stage(x)  # channels double and space halves
-        return x.mean(dim=(2, 3, 4))  # N D
+            for block in stage.children():
+                x = block(x, frames)  # at last channels have doubled and space has halved
+        return rearrange(x, "(n t) c h w -> n t c h w", n=segments).mean(dim=(1, 3, 4))  # N D

@@ -85,11 +85,9 @@ class SpatialFormer(nn.Module):
         return torch.cat([self._encode(chunk) for chunk in torch.split(frames, CHUNK_FRAMES)])
 
     def _encode(self, x: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N D"]:
-        # Tensor cores read channels last, and so do the CPU's convolutions of many channels; not those of three.
-        last = x.device.type == "cuda"
-        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        x = self._run(self._stem, x)  # N C H/4 W/4
+        # Tensor cores read channels last, and so do a CPU's convolutions.
         x = x.contiguous(memory_format=torch.channels_last)
+        x = self._run(self._stem, x)  # N C H/4 W/4
         for block in (*self.layer1, *self.layer2, *self.layer3):
             x = self._run(block, x)  # at last N 4C H/16 W/16
         x = rearrange(x, "n c h w -> n (h w) c") + self.position

@@ -1,5 +1,6 @@
 """The pre-norm transformer block that the spatial and the temporal encoder share."""
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -34,10 +35,20 @@ class TransformerBlock(nn.Module):
         """One block, shape kept."""
         qkv = self.qkv(self.attention_norm(x))
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        read = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        read = rearrange(_attention(q, k, v), "b h n d -> b n (h d)")
         x = x + self.out(read)
         y: Tensor = self.contract(F.gelu(self.expand(self.mlp_norm(x)), approximate="tanh"))
         return x + y
+
+
+def _attention(
+    q: Float[Tensor, "B H N D"], k: Float[Tensor, "B H N D"], v: Float[Tensor, "B H N D"]
+) -> Float[Tensor, "B H N D"]:
+    """Scaled dot products; on a CPU in float32 under autocast, too, where the gradient takes half of bf16's time."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
 
 
 def init_linear(module: nn.Module) -> None:
@@ -52,6 +63,6 @@ def init_conv(module: nn.Module) -> None:
     """Kaiming normal over the outputs for convolutions, one and zero for batch norms (arXiv:1502.01852)."""
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+    elif isinstance(module, nn.BatchNorm2d):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)

@@ -285,16 +285,21 @@ def make_plain(model: QAFENet) -> None:
     from qafe.model.transformer import TransformerBlock
 
     def conv_norm(self: Any, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))  # type: ignore[no-any-return]
+        return plain_norm(self.conv(x), self.bn)
+
+    def plain_norm(x: Tensor, bn: Any) -> Tensor:
+        training, momentum = bn.training, bn.momentum
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, training, momentum, bn.eps)
 
     def bottleneck(self: Any, x: Tensor) -> Tensor:
         y = F.relu(self.spatial(F.relu(self.reduce(x))))
-        return F.relu(self.expand(y) + self.shortcut(x))
+        return F.relu(self.expand(y) + (x if self.shortcut is None else self.shortcut(x)))
 
     def slow_only(self: Any, x: Tensor) -> Tensor:
         x = F.max_pool3d(F.relu(self.stem(x)), (1, 3, 3), stride=1, padding=(0, 1, 1))
         for stage in self.stages:
-            x = stage(x)
+            for block in stage:
+                x = block(x)
         return x.mean(dim=(2, 3, 4))
 
     def basic(self: Any, x: Tensor) -> Tensor:

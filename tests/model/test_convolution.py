@@ -68,7 +68,8 @@ def test_the_first_layer_needs_no_gradient_of_its_input() -> None:
 
 
 @pytest.mark.parametrize("width", [4, 6])
-def test_nothing_is_written_beyond_its_memory(width: int) -> None:
+@pytest.mark.parametrize("encoder", ["rgb", "heatmap"])
+def test_nothing_is_written_beyond_its_memory(encoder: str, width: int) -> None:
     """glibc puts a byte behind each block and looks at it when the block is freed."""
     try:
         ctypes.CDLL("libc_malloc_debug.so.0")
@@ -76,18 +77,28 @@ def test_nothing_is_written_beyond_its_memory(width: int) -> None:
         pytest.skip("glibc's libc_malloc_debug.so.0 is not installed")
     watched = {"LD_PRELOAD": "libc_malloc_debug.so.0", "GLIBC_TUNABLES": "glibc.malloc.check=3"}
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN_ENCODER, str(width)], env=os.environ | watched, capture_output=True, text=True
+        [sys.executable, "-c", TRAIN_ENCODER, encoder, str(width)],
+        env=os.environ | watched,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
 
 TRAIN_ENCODER = """
 import sys, torch
-from qafe.config import RGBEncoderConfig
+from qafe.config import HeatmapEncoderConfig, RGBEncoderConfig
+from qafe.model.heatmap3d import SlowOnly
 from qafe.model.spatial import SpatialFormer
 
 torch.set_num_threads(1)
-net = SpatialFormer(RGBEncoderConfig(size_px=32, width=int(sys.argv[1]), spatial_heads=2, spatial_mlp=32)).train()
+encoder, width = sys.argv[1], int(sys.argv[2])
+if encoder == "rgb":
+    net = SpatialFormer(RGBEncoderConfig(size_px=32, width=width, spatial_heads=2, spatial_mlp=32))
+    shape = 40, 3, 32, 32
+else:
+    net = SlowOnly(HeatmapEncoderConfig(size_px=16, width=width, blocks=(1, 2, 1)), in_channels=1)
+    shape = 10, 1, 4, 16, 16
 for _ in range(3):
-    net(torch.randn(40, 3, 32, 32)).sum().backward()
+    net.train()(torch.randn(shape)).sum().backward()
 """
