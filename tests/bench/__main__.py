@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
             help="of steps (default: paper; growth: small)",
         )
         place.add_argument(
-            "--batch4", action="store_true", default=default or False, help="steps of 4 clips, too: 20 GB for paper"
+            "--batch4", action="store_true", default=default or False, help="steps of 4 clips, too: 15 GB for paper"
         )
         place.add_argument(
             "--published",

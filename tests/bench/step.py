@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qafe.config import Config
     from qafe.model.qafenet import QAFENet
 
-BATCH4_GB = {"paper": 20, "small": 4, "tiny": 1}
+BATCH4_GB = {"paper": 15, "small": 4, "tiny": 1}
 """What a training step of four clips takes at its peak."""
 NO_BF16 = (
     "bf16: this processor has neither avx512_bf16 nor amx_bf16 (/proc/cpuinfo); a step would take ten times as long"
