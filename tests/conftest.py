@@ -1,6 +1,7 @@
 """What all tests share: nothing of the user's is read or written, and a small generated dataset."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,18 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.chdir(base)
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_tracking_uri() -> Iterator[None]:
+    """The tracking URI that a module's tests, or commands in them, tell MLflow is gone after it: MLflow keeps it in the
+    environment, and in the process, where it looks first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "")  # even if it is not there now
+        patch.delenv("MLFLOW_TRACKING_URI")
+        yield
+    if (mlflow := sys.modules.get("mlflow")) is not None:
+        mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture(scope="session")

@@ -225,9 +225,9 @@ def test_steps_on_a_device_say_floor_and_what_does_not_fit(monkeypatch: pytest.M
 
 
 def test_batch_4_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "available_gb", lambda: 19.0)
+    monkeypatch.setattr(step, "available_gb", lambda: 14.0)
     assert "--batch4" in str(step._no_batch4("paper", False))
-    assert "19 GB are available" in str(step._no_batch4("paper", True))
+    assert "14 GB are available" in str(step._no_batch4("paper", True))
     monkeypatch.setattr(step, "available_gb", lambda: 21.0)
     assert step._no_batch4("paper", True) is None
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,6 @@ from tracking.export import main
 
 from .stores import embedded
 from .test_runs import checkpoint, open_tracker, runs_of  # noqa: F401 (a fixture)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_uri() -> Iterator[None]:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MLFLOW_TRACKING_URI", "")  # mlflow.set_tracking_uri sets it: undone after the tests
-    yield
-    patch.undo()
 
 
 @pytest.fixture(scope="module")
