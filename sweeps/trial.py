@@ -94,8 +94,7 @@ def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
     """Trains one model for each expression, epoch by epoch side by side, and reports after each epoch.
 
     A trial that was interrupted goes on from its last intact checkpoint, or from the middle of the epoch behind it if
-    its worker was asked to leave there; where ``train.precision=auto`` means another
-    one than before, it begins anew.
+    its worker was asked to leave there; where ``train.precision=auto`` means another one than before, it begins anew.
     """
     torch.set_num_threads(plan.threads)
     planned = dotted.override(dotted.from_json(plan.base_json), parameters["settings"])

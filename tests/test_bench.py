@@ -17,13 +17,13 @@ import optuna
 import pytest
 import torch
 
-from qafe.config import paper
+from qafe.config import paper, tiny
 from qafe.data.sample import SampleConfig, make_sample
 from qafe.errors import ConfigError
 
 from . import reference
 from .bench import __main__ as command
-from .bench import device, growth, heatmaps, jpeg, published, recorded, search, step, sweeps, tracking
+from .bench import clips, device, growth, heatmaps, jpeg, published, recorded, search, step, sweeps, tracking
 from .bench.rounds import Row
 
 
@@ -372,3 +372,14 @@ def test_decoders_are_compared_where_they_are_installed(monkeypatch: pytest.Monk
     assert {note for row in found.rows for note in row.notes} == {"largest difference: 0 levels"}
     assert len({row.what for row in found.rows}) == 2
     assert [why.partition(":")[0] for why in found.left_out] == ["torchcodec"]
+
+
+def test_waiting_for_clips_is_timed_and_profiled(monkeypatch: pytest.MonkeyPatch, sample_root: Path) -> None:
+    monkeypatch.setattr(clips, "small", tiny)
+    row = clips._training(sample_root, epochs=3)
+    assert len(row.ours) == len(row.rival) == 2
+    assert all(0 < waited < epoch for waited, epoch in zip(row.ours, row.rival, strict=True))
+    (told,) = (note for note in row.notes if note.startswith("torch.profiler"))
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", told)]
+    assert len(shares) == 2
+    assert all(0 < share < 100 for share in shares)

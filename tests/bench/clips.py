@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import qafe.predict
 import qafe.train
@@ -45,6 +47,8 @@ FRAMES = (100, 120)
 GRAIN = 7.2
 """Noise added to the drawn faces, in levels: with it a JPEG has the 30 kB that the recorded loader read."""
 RECORDED_MS = 229 + 62
+MADE = "frames normalised, heatmaps drawn"
+"""What the profiler calls `model_inputs`."""
 
 
 def bench(rounds: int, threads: int) -> list[Row]:
@@ -163,9 +167,9 @@ def _published(frames: Path, heatmaps: Path, *, seed: int) -> None:
 
 
 def _training(sample: Path, epochs: int) -> Row:
-    """Seconds of each epoch after the first that the training waits for its next batch, against all its seconds; and
-    in a note those of its evaluation."""
-    config = override(small(), {"train.epochs": epochs})
+    """Seconds of each epoch after the first that the training waits for its next batch, against all its seconds; in
+    notes those of its evaluation, and what torch's profiler says of one more epoch."""
+    config = override(small(), {"train.epochs": epochs + 1})
     part = load_cohort(sample, config.data).only("smile")
     waited = evaluated = 0.0
 
@@ -180,10 +184,16 @@ def _training(sample: Path, epochs: int) -> Row:
                 return
             yield batch
 
+    def named(batch: Any, config: Config) -> Any:
+        with record_function(MADE):
+            return model_inputs(batch, config)
+
     row = Row("small training waits for clips", "epoch", [], [], rival_name="wall")
     qafe.train.read_batches = qafe.predict.read_batches = timed
+    qafe.train.model_inputs = qafe.predict.model_inputs = named
     try:
-        for result in qafe.train.fit(config, part.store, part.train, part.validation, device=torch.device("cpu")):
+        training = qafe.train.fit(config, part.store, part.train, part.validation, device=torch.device("cpu"))
+        for result in islice(training, epochs):
             if result.epoch == 1:
                 row.notes.append(f"first epoch, which fills the cache: {waited / result.seconds:.2%} of the wall")
             else:
@@ -191,9 +201,18 @@ def _training(sample: Path, epochs: int) -> Row:
                 row.rival.append(result.seconds)
                 evaluated += result.evaluation_s
             waited = 0.0
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            result = next(training)
     finally:
         qafe.train.read_batches = qafe.predict.read_batches = read_batches
+        qafe.train.model_inputs = qafe.predict.model_inputs = model_inputs
     row.notes.append(f"later epochs: {sum(row.ours) / sum(row.rival):.2%} of the wall, data.workers=0")
+    shares = {
+        name: sum(event.cpu_time_total for event in seen.key_averages() if event.key.startswith(start)) / 1e6
+        for name, start in (("loader", "enumerate(DataLoader)"), ("frames and heatmaps made", MADE))
+    }
+    told = ", ".join(f"{name} {seconds / result.seconds:.2%}" for name, seconds in shares.items())
+    row.notes.append(f"torch.profiler, of one more epoch's wall: {told}")
     counts = f"{len(part.validation)} validation clips, after {len(part.train) * config.data.repeats} training clips"
     row.notes.append(f"evaluation once per epoch: {evaluated / sum(row.rival):.1%} of the wall ({counts})")
     return row
