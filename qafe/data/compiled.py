@@ -212,20 +212,29 @@ def draw_words(
 
 
 @_compiled
-def split_words(words: npt.NDArray[np.int32], out: Float32, first: int, top: int, left: int) -> None:
-    """A word's bytes, the lowest first, as numbers in [0, 1].
+def split_words(words: npt.NDArray[np.int32], around: int, out: Float32, first: int, top: int, left: int) -> None:
+    """A word's bytes, the lowest first, as numbers in [0, 1]; each number is written once.
 
     Args:
-        words: [n,h,w].
-        out: [C,N,H,W]; written from this frame, row and column on.
+        words: [n,h,w], the middle of n frames.
+        around: the word of all pixels around it.
+        out: [C,N,H,W]; n frames of it, from this one on, are written.
+        top: first row of the middle.
+        left: its first column.
     """
-    width = words.shape[2]
+    bottom, right = top + words.shape[1], left + words.shape[2]
     for channel in range(len(out)):
-        for frame in range(words.shape[0]):
-            for y in range(words.shape[1]):
-                row, place = words[frame, y], out[channel, first + frame, top + y, left : left + width]
-                for x in range(width):
+        outside = np.float32((around >> (8 * channel)) & 255) / np.float32(255)
+        for frame in range(len(words)):
+            plane = out[channel, first + frame]
+            plane[:top] = outside
+            for y in range(top, bottom):
+                row, place = words[frame, y - top], plane[y, left:right]
+                plane[y, :left] = outside
+                for x in range(len(row)):
                     place[x] = np.float32((row[x] >> (8 * channel)) & 255) / np.float32(255)
+                plane[y, right:] = outside
+            plane[bottom:] = outside
 
 
 @_compiled

@@ -298,8 +298,7 @@ def _render_jet(flat: Tensor, config: HeatmapConfig, out: Tensor) -> None:
             small = _resize_jet(_jet_frames(flat[frames], config), resized, resized)
             out[:, frames] = small[:, :3].float().div_(255).movedim(1, 0)
         return
-    for plane, level in zip(out, _jet()[0].tolist(), strict=True):
-        plane.fill_(level / 255)
+    dark, table = _jet_words(flat.device)
     # The filter reaches half a resized pixel further, and rounds otherwise where a picture ends: that must be in the
     # dark. All of the canvas is resized where a resized pixel is no whole number of its pixels.
     ratio, rest = divmod(side, resized)
@@ -307,14 +306,12 @@ def _render_jet(flat: Tensor, config: HeatmapConfig, out: Tensor) -> None:
     for frames in _chunks(flat, side):
         canvas = _region(flat[frames], config, block, margin)
         rows, columns = (slice(span.start * resized // side, span.stop * resized // side) for span in canvas)
-        if rows.start == rows.stop:
-            continue  # There is nothing to draw.
         words = torch.empty(out[0, frames].shape[0], *(span.stop - span.start for span in canvas), dtype=torch.int32)
-        table = _jet_words(flat.device)[1].numpy()
-        compiled.draw_words(*_arguments(flat[frames], config, *canvas), words.numpy(), table)
-        small = _resize_jet(words, rows.stop - rows.start, columns.stop - columns.start)
-        words = small.permute(0, 2, 3, 1).contiguous().view(torch.int32)[..., 0]
-        compiled.split_words(words.numpy(), out.numpy(), frames.start, rows.start, columns.start)
+        if words.numel():
+            compiled.draw_words(*_arguments(flat[frames], config, *canvas), words.numpy(), table.numpy())
+            small = _resize_jet(words, rows.stop - rows.start, columns.stop - columns.start)
+            words = small.permute(0, 2, 3, 1).contiguous().view(torch.int32)[..., 0]
+        compiled.split_words(words.numpy(), dark, out.numpy(), frames.start, rows.start, columns.start)
 
 
 @cache
