@@ -257,7 +257,7 @@ class WaitForRoom(Callback):
 
 
 class StopWhenAsked(Stopper):
-    """Ends the trials on ``python -m sweeps.stop``, when a trial has found what every trial will find, or when all of
+    """Ends the trials when somebody ends the sweep, when a trial has found what every trial will find, or when all of
     them rest for a pause."""
 
     def __init__(self, searcher: StudySearcher, control: Control, pause: Pause) -> None:
@@ -270,10 +270,16 @@ class StopWhenAsked(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        """Whether all trials should stop."""
+        """Whether all trials should stop.
+
+        Raises:
+            KeyboardInterrupt: somebody ends the sweep. Tune would give each worker ten seconds to end its epoch.
+        """
+        if self.control.stopped:
+            raise KeyboardInterrupt
         closed = self.searcher.closed
         ends = closed is not None and closed.kind in ("data", "storage")
-        return self.control.stopped or ends or self.pause.complete
+        return ends or self.pause.complete
 
 
 class MeasurePace(Callback):

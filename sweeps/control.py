@@ -9,6 +9,7 @@ from pathlib import Path
 from qafe import console
 
 from .folder import STORAGE, SweepFolder, driven_sweep, local_storage
+from .interruption import INTERRUPTION
 
 FOLDER = "control"
 STOP = "stop"
@@ -70,8 +71,8 @@ class Control:
 
     @property
     def stopped(self) -> bool:
-        """Whether the sweep should end."""
-        return STOP in self._now()
+        """Whether the sweep should end: somebody wished for it, or sent this process a signal."""
+        return INTERRUPTION.asked or STOP in self._now()
 
     @property
     def paused(self) -> bool:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import logging
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +24,11 @@ from tracking.connection import embedded_path, masked
 from tracking.guard import Secrets
 from tracking.runs import SPOOL_FILE, SweepTracker, TrialState
 
-from . import checkpoints, page, report
+from . import checkpoints, cluster, page, report
 from .callbacks import KeepCheckpoints, MeasurePace, StopWhenAsked, TellPeople, TrackTrials, WaitForRoom, say
 from .control import Control
-from .executor import probe
-from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
+from .folder import LOCK_FILE, REPORT_FOLDER, find_sweep, storage_flag
+from .interruption import INTERRUPTION
 from .live import LiveView
 from .notify import Outcome, notified
 from .plan import STUDY_FOLDER, Plan, study_tags, sweep_params
@@ -42,6 +39,7 @@ from .results import OBJECTIVE
 from .searcher import Pause, StudyScheduler, StudySearcher, budget_used
 from .storage import Storage
 from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
+from .supervisor import NOTES_OF_THIS
 from .sweep import Sweep
 from .timeline import NoteWorkers
 from .trial import TrialPlan, train_trial
@@ -49,7 +47,13 @@ from .trial import TrialPlan, train_trial
 WORKER_RESTARTS = 3
 """How often a trial may lose its worker between two epochs; see `callbacks.TrackTrials`."""
 PAUSED_POLL_S = 0.25
+INTERRUPTED = "sweep interrupted"
+"""The reason of a trial that its sweep's end has left unfinished."""
 LOCK_TRIES = 10
+SENT_WITHIN_S = 60.0
+"""How long the end of a sweep waits for what the tracking server has not taken yet."""
+HURRIED_S = 8.0
+"""The same, where somebody ends the sweep: what is not sent by then is for a replay."""
 SOURCE_FOLDER = "source"
 """Of the sweep's folder: what differs from the commit that its runs name."""
 
@@ -65,6 +69,7 @@ def run_sweep(
         notify: URL that hears how the sweep ended.
 
     Raises:
+        KeyboardInterrupt: the sweep was ended early, and its runs are closed.
         ConfigError: the Ray cluster cannot be reached, the sweep is running already, or its data has changed.
         ManifestError: the dataset is gone.
         QafeError: a trial found data that cannot be read, or none finished.
@@ -82,33 +87,59 @@ def run_sweep(
         f"sweep {plan.name}: {plan.trials} trials of {config.preset} on {', '.join(plan.expressions)} "
         f"({', '.join(f'{count} {part}' for part, count in clips.items())} clips of {plan.data_root})"
     )
-    try:
-        with notified(notify, plan) as outcome:
-            with (
-                _only_driver(folder, outcome),
-                _ray(address),
-                _terminated_as_interrupted(),
-                _tracked(plan, cohort) as tracker,
-            ):
-                plan.save()  # what has been extended: from here on nothing refuses it
-                summary = outcome.summary = _search(plan, sweep, cohort, tracker)
-            _print_summary(summary, plan)
-            if json_file:
-                json_file.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = json_file.with_name(json_file.name + ".unfinished")
-                unfinished.write_text(json.dumps(summary, indent=2) + "\n")
-                unfinished.replace(json_file)
-    except KeyboardInterrupt:
-        hint = f"python -m sweeps.run {plan.study} --resume --name {plan.name}"
-        hint += f" --address {address}" if address else ""
-        say(f"interrupted; go on with:  {hint}{_storage_flag(plan)}")
-        return console.INTERRUPTED
+    with notified(notify, plan) as outcome:
+        with (
+            _only_driver(folder, outcome),
+            cluster.joined(address) as gone,
+            _tracked(plan, cohort) as tracker,
+        ):
+            NOTES_OF_THIS.tell(folder=plan.folder, address=address, notify=notify)
+            plan.save()  # what has been extended: from here on nothing refuses it
+            summary = outcome.summary = _search(plan, sweep, cohort, tracker, gone)
+        _print_summary(summary, plan)
+        if json_file:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = json_file.with_name(json_file.name + ".unfinished")
+            unfinished.write_text(json.dumps(summary, indent=2) + "\n")
+            unfinished.replace(json_file)
     return 0
 
 
-def _storage_flag(plan: Plan) -> str:
-    storage = Path(plan.folder).parent
-    return "" if storage == STORAGE.expanduser().resolve() else f" --storage {storage}"
+def end_early(plan: Plan, address: str | None, reason: str = "") -> int:
+    """Says how a sweep that was ended early goes on, and returns the exit status.
+
+    Args:
+        reason: what has ended it, where it was not somebody's wish.
+    """
+    folder = Path(plan.folder)
+    line = f"python -m sweeps.run {plan.study} --resume --name {plan.name}"
+    line += (f" --address {address}" if address else "") + storage_flag(folder)
+    how = "interrupted" + (f", for {reason}" if reason else "")
+    if find_sweep(folder.parent, plan.name).complete:
+        say(f"{how}; {plan.name} is complete, its report is in {folder / REPORT_FOLDER}")
+    else:
+        say(f"{how}; go on with:  {line}")
+    return console.USER_ERROR if reason else console.INTERRUPTED
+
+
+def close_for(notes: Mapping[str, Any], reason: str) -> int:
+    """Closes the runs of a driver that has died, says how its sweep goes on, and returns the exit status.
+
+    Args:
+        notes: what it told `supervisor`.
+        reason: what has ended it.
+    """
+    plan = Plan.load(Path(notes["folder"]))
+    try:
+        with notified(notes["notify"], plan) as outcome, _only_driver(Path(plan.folder), outcome):
+            if (tracker := SweepTracker.again(Path(plan.folder) / SPOOL_FILE)) is not None:
+                _close(tracker, "killed")
+            raise KeyboardInterrupt  # so is it told
+    except ConfigError:  # somebody has gone on with it already
+        return console.USER_ERROR
+    except KeyboardInterrupt:
+        pass
+    return end_early(plan, notes["address"], reason)
 
 
 @contextlib.contextmanager
@@ -140,18 +171,23 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
         state = "killed"
         raise
     finally:
-        tracker.sweep_ended(state)
-        if unsent := tracker.close():
-            say(
-                f"{unsent} entries did not reach the tracking server; send them later with:  "
-                f"python -m tracking.runs replay {spool}"
-            )
-        if refused := tracker.refused:
-            say(f"{refused} entries were set aside; they and the reasons are in {spool}.refused")
+        _close(tracker, state)
+        NOTES_OF_THIS.tell(closed=True)
 
 
-def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> dict[str, Any]:
-    """All trials, then the report; KeyboardInterrupt if Ctrl-C or ``sweeps.stop`` ended the trials early."""
+def _close(tracker: SweepTracker, state: TrialState) -> None:
+    tracker.sweep_ended(state)
+    if unsent := tracker.close(HURRIED_S if state == "killed" else SENT_WITHIN_S):
+        say(
+            f"{unsent} entries did not reach the tracking server; send them later with:  "
+            f"python -m tracking.runs replay {tracker.spool.path}"
+        )
+    if refused := tracker.refused:
+        say(f"{refused} entries were set aside; they and the reasons are in {tracker.spool.path}.refused")
+
+
+def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker, gone: cluster.Gone) -> dict[str, Any]:
+    """All trials, then the report; KeyboardInterrupt if people ended the trials early."""
     started = time.monotonic()
     control, storage = Control(Path(plan.folder)), Storage(Path(plan.folder), plan.bucket)
     storage.given_up = lambda: control.stopped
@@ -160,30 +196,29 @@ def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> 
     searcher = StudySearcher(plan, sweep, places)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
     refresh = RefreshReport(plan, cohort, tracker)
-    with storage.watched(say):
+    with INTERRUPTION.deferred(), storage.watched(say):
         _settle(plan, searcher.study, tracker, storage)
-        _run_and_pause(plan, cohort, searcher, tracker, control, storage, deadline, refresh)
-    refresh.close()
-    if searcher.closed and searcher.closed.kind == "storage":
-        raise _storage_error(plan, searcher.closed.reason)
-    budget_spent = time.monotonic() >= deadline
-    running = running_trials(searcher.study)
-    for number in running:
-        state: TrialState = "pruned" if budget_spent else "killed"
-        reason = "the sweep's time budget was spent" if budget_spent else "sweep interrupted"
-        folder = None
-        with contextlib.suppress(OSError):
-            storage.given_up = lambda: True
-            folder = storage.last(number)
-        tracker.trial_ended(str(number), state, folder=folder, reason=reason)
+        with cluster.watched(gone):
+            _run_and_pause(plan, cohort, searcher, tracker, control, storage, deadline, refresh)
+        refresh.close(wait=not INTERRUPTION.asked)
+        if searcher.closed and searcher.closed.kind == "storage":
+            raise _storage_error(plan, searcher.closed.reason)
+        budget_spent = time.monotonic() >= deadline
+        running = running_trials(searcher.study)
+        for number in running:
+            state: TrialState = "pruned" if budget_spent else "killed"
+            reason = "the sweep's time budget was spent" if budget_spent else INTERRUPTED
+            folder = None
+            with contextlib.suppress(OSError):
+                storage.given_up = lambda: True
+                folder = storage.last(number)
+            tracker.trial_ended(str(number), state, folder=folder, reason=reason)
     storage.given_up = lambda: control.stopped
     if budget_spent:
         give_up(searcher.study, "the sweep's time budget was spent")
     elif searcher.closed and searcher.closed.kind == "data":
         raise QafeError(f"{searcher.closed.reason} The sweep has stopped, for every trial would find it.")
-    elif running or (
-        not searcher.closed and len(own_trials(searcher.study)) < plan.trials
-    ):  # Ray Tune returns from Ctrl-C as if all was done
+    elif INTERRUPTION.asked or running or (not searcher.closed and len(own_trials(searcher.study)) < plan.trials):
         raise KeyboardInterrupt
     ended_by = searcher.closed.reason if searcher.closed else ""
     _settle(plan, searcher.study, tracker, storage)
@@ -251,14 +286,11 @@ def _run_and_pause(
             pace.begin()
             if interrupted or control.stopped or searcher.closed or not (pause.complete and searcher.left):
                 return
-            say(f"paused; go on with:  python -m sweeps.continue {plan.name}{_storage_flag(plan)}")
-            try:
-                while control.paused and not control.stopped and time.monotonic() < deadline:
-                    _stop_resting(plan, searcher, tracker, control, storage)
-                    people.look()
-                    time.sleep(PAUSED_POLL_S)
-            except KeyboardInterrupt:
-                return
+            say(f"paused; go on with:  python -m sweeps.continue {plan.name}{storage_flag(Path(plan.folder))}")
+            while control.paused and not control.stopped and time.monotonic() < deadline:
+                _stop_resting(plan, searcher, tracker, control, storage)
+                people.look()
+                time.sleep(PAUSED_POLL_S)
             if control.stopped or time.monotonic() >= deadline:
                 return
             say("going on")
@@ -291,7 +323,7 @@ def _tune(
     """Runs trials until the study has all that are planned, or people or the time budget stop it.
 
     Returns:
-        Whether Ctrl-C was pressed.
+        Whether somebody ended the sweep.
     """
     trial_plan = TrialPlan(
         base_json=plan.config_json,
@@ -305,16 +337,8 @@ def _tune(
         baseline_bytes=plan.baseline_bytes,
         bucket=plan.bucket,
     )
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
-    main_thread = threading.current_thread() is threading.main_thread()
-
-    def interrupted() -> bool:
-        """Ray's own handler puts this one back when it has heard a Ctrl-C, and leaves itself where it has not."""
-        return main_thread and signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
-
     try:
         storage.wait_until_it_answers()
-        storage.given_up = lambda: control.stopped or interrupted()
         tune.run(
             preemptible(tune.with_parameters(train_trial, plan=trial_plan)),
             name=plan.name,
@@ -333,6 +357,8 @@ def _tune(
             trial_dirname_creator=_trial_name,
             verbose=0,
         )
+    except KeyboardInterrupt:  # of `callbacks.StopWhenAsked`
+        return True
     except tune.TuneError as err:
         if "StorageInternalError" not in str(err):
             raise
@@ -344,13 +370,7 @@ def _tune(
         if storage.bucket is None or (isinstance(err, ValueError) and "snapshot" not in str(err)):
             raise
         raise _storage_error(plan, f"--storage gives: {' '.join(str(err).split())}.") from err
-    else:
-        return interrupted()
-    finally:
-        storage.given_up = lambda: control.stopped
-        if main_thread:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    return False
 
 
 def _trial_name(trial: Any) -> str:
@@ -418,42 +438,3 @@ def _only_driver(folder: Path, outcome: Outcome) -> Iterator[None]:
         outcome.begun = True
         Control(folder).clear()  # from here on people may ask for something
         yield
-
-
-@contextlib.contextmanager
-def _ray(address: str | None) -> Iterator[None]:
-    """A Ray to run on: the cluster at an address, or one of our own on this machine that listens to nobody else."""
-    try:
-        if address:
-            probe(address)
-        ray.init(address=address or "local", log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as err:
-        raise ConfigError(
-            f"Ray must start, or answer at --address, got {type(err).__name__} from {address or 'this machine'}. "
-            "Start a cluster with ray start --head, or leave --address out."
-        ) from err
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a lost worker is said in one line, by us
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Within the block, SIGTERM ends the sweep as Ctrl-C does: its runs are closed and it can go on later.
-
-    Ray must have started before: it sets a handler of its own, which ends the process at once.
-    """
-
-    def interrupt(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -58,14 +58,15 @@ class SweepFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether it has a report on all of its trials: one that a budget ended has not."""
+        """Whether it has its final report on all of its trials: one that a budget ended has not."""
         try:
             summary = json.loads((self.path / REPORT_FOLDER / SUMMARY_FILE).read_text())
         except (OSError, ValueError):
             return False
         planned = self.plan["trials"]
         ended = sum(summary["counts"].values()) if "counts" in summary else summary.get("planned", planned)
-        return bool(ended >= planned)  # an extension is planned before it is run
+        # An extension is planned before it is run, and a report that is refreshed may know of all trials.
+        return bool(ended >= planned and summary.get("complete", True))
 
 
 def is_url(storage: str | Path) -> bool:
@@ -85,6 +86,11 @@ def local_storage(storage: Path) -> Path:
             f"{str(storage).replace(':/', '://', 1)}. Leave it out for a sweep whose checkpoints are in a bucket."
         )
     return storage.expanduser()
+
+
+def storage_flag(folder: Path) -> str:
+    """What the next command about a sweep needs behind its name, where it is not found without."""
+    return "" if folder.parent == STORAGE.expanduser().resolve() else f" --storage {folder.parent}"
 
 
 def sweep_folders(storage: Path) -> Iterator[SweepFolder]:

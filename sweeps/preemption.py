@@ -34,6 +34,7 @@ class Preemption:
 
     def listen(self) -> None:
         """Hears SIGTERM from now on. In the main thread, for Python sets handlers nowhere else."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # see `cluster`
         leave = signal.getsignal(signal.SIGTERM)  # Ray's own, which ends the process in order
 
         def hear(number: int, frame: Any) -> None:

@@ -54,6 +54,7 @@ class RefreshReport(Callback):
         self._started = self._last = clock()
         self._cost_s = 0.0
         self._news = False
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -73,9 +74,10 @@ class RefreshReport(Callback):
             self._thread = threading.Thread(target=self._refresh, name="report", daemon=True)
             self._thread.start()
 
-    def close(self) -> None:
-        """Waits for the one that is being drawn: the final report takes its place."""
-        if self._thread is not None:
+    def close(self, *, wait: bool = True) -> None:
+        """Waits for the one that is being drawn, or drops it: the final report takes its place."""
+        self._closed = True
+        if wait and self._thread is not None:
             self._thread.join()
         passed = self.clock() - self._started
         logger.info("report refreshed %d times: %.2f s of %.0f s (%.2f %%)", self.count, self.cpu_s, passed,
@@ -89,6 +91,8 @@ class RefreshReport(Callback):
         try:
             self._draw()
         except Exception as err:  # a chart that fails must not end a sweep
+            if self._closed:
+                return
             logger.warning("the report is not refreshed: %s: %s", type(err).__name__, err)
         self._cost_s = self.cpu_clock() - began
         self.cpu_s += self._cost_s

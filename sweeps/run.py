@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,10 +19,12 @@ from . import estimate
 from .bucket import Bucket
 from .draft import draft_plan, make_plan, planned_trials
 from .folder import STORAGE, find_sweep, is_url, last_name
+from .interruption import INTERRUPTION
 from .notify import check_url
 from .plan import KEPT_CHECKPOINTS, Plan
 from .studies import STUDIES, find_study, planned_sweep
 from .study import DIRECTIONS, PRUNERS, SAMPLERS
+from .supervisor import NOTES_OF_THIS, supervise
 from .user_file import is_file_name
 
 QUIET = {
@@ -29,15 +32,20 @@ QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
-"""No usage reports, none of Ray's own tables and log files, and no snapshots of its state: the study has it all."""
-ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""A Ray of our own listens to this machine alone."""
+"""No usage reports, none of Ray's own tables and log files, no snapshots of its state (the study has it all), and no
+handler of its own for Ctrl-C: see `interruption`."""
+ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+"""A Ray of our own listens to this machine alone, and to who knows its token (``RAY_AUTH_TOKEN``)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a sweep and returns its exit status."""
-    return console.run(_main, _parser(), argv)
+    """Runs a sweep and returns its exit status; a command of its own in a process of its own."""
+    if argv is None and not NOTES_OF_THIS.supervised:
+        return supervise("sweeps.run", sys.argv[1:])
+    with INTERRUPTION.heard():
+        return console.run(_main, _parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,19 +148,25 @@ def _main(options: argparse.Namespace) -> int:
     else:
         sweep = find_study(options.study)
         plan = make_plan(options, sweep, storage)
-    for name, value in QUIET.items() if options.address else (QUIET | ALONE).items():
+    alone = {} if options.address else ALONE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in (QUIET | alone).items():
         os.environ.setdefault(name, value)
     # Ray reads its environment when it is imported, and figures take a second that an error's line need not wait for.
-    from tracking.runs import SPOOL_FILE
+    with INTERRUPTION.deferred():
+        from tracking.runs import SPOOL_FILE
 
-    from .driver import run_sweep
+        from .driver import end_early, run_sweep
 
     new, claimed = not options.resume and options.extend is None, False
     try:
+        if INTERRUPTION.asked:
+            raise KeyboardInterrupt
         if plan.bucket:
             Bucket(plan.bucket, plan.name).claim(plan.id)
             claimed = True
         return run_sweep(plan, sweep, address=options.address, json_file=options.json, notify=options.notify)
+    except KeyboardInterrupt:
+        return end_early(plan, options.address)
     except ConfigError:
         if new and not (Path(plan.folder) / SPOOL_FILE).exists():  # Nothing has begun: the name is free again.
             shutil.rmtree(plan.folder)

@@ -33,6 +33,8 @@ from .study import (
     REASON,
     RUN_ID,
     epochs_of,
+    make_sampler,
+    next_number,
     open_study,
     own_trials,
     stopped_state,
@@ -110,6 +112,7 @@ class StudySearcher(Searcher):
             return None  # asked again later
         if self._interrupted:
             frozen = self._interrupted.popleft()
+            self.study.sampler = make_sampler(self.plan.sampler, self.plan.seed, frozen.number)
             trial, epochs = optuna.Trial(self.study, frozen._trial_id), epochs_of(frozen)
         elif self.closed or self._begun >= self.plan.trials:
             return str(Searcher.FINISHED)
@@ -124,6 +127,7 @@ class StudySearcher(Searcher):
             )
             return str(Searcher.FINISHED)
         else:
+            self.study.sampler = make_sampler(self.plan.sampler, self.plan.seed, next_number(self.study))
             trial, epochs = self.study.ask(), 0
             self._begun += 1
         attempt = trial.user_attrs.get(ATTEMPTS, 0)

@@ -49,6 +49,19 @@ NUMBER = "number"
 WARM_START = "warm_start"
 """``sweep#number`` of the earlier sweep's trial that this one repeats; it was not run here."""
 
+
+class _PlacedQMC(QMCSampler):
+    """A trial's place in the quasi-random sequence is its number, so that one that is begun again keeps it."""
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> dict[str, Any]:
+        """As of any sampler."""
+        self._number = trial.number
+        return super().sample_relative(study, trial, search_space)
+
+    def _find_sample_id(self, *_: Any) -> int:
+        return self._number
+
+
 Sampler = Literal["tpe", "gp", "cmaes", "random", "qmc", "grid"]
 Scheduler = Literal["asha", "hyperband", "median", "none"]
 Objective = Literal["spearman", "params", "seconds", "mae"]
@@ -61,17 +74,22 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
 """What can be searched for. ``params``: of the model; ``seconds``: of an epoch; ``spearman`` and ``mae``: of the best
 epoch, validation, mean over the expressions."""
 GRID: Sampler = "grid"
-SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
-    "tpe": lambda seed: TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed),
-    "gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
-    "cmaes": lambda seed: CmaEsSampler(seed=seed, warn_independent_sampling=False),
-    "random": lambda seed: RandomSampler(seed=seed),
-    "qmc": lambda seed: QMCSampler(
-        seed=seed, scramble=True, warn_asynchronous_seeding=False, warn_independent_sampling=False
+SAMPLERS: dict[str, Callable[[int, int], BaseSampler]] = {
+    "tpe": lambda _, own: TPESampler(multivariate=True, group=True, constant_liar=True, seed=own),
+    "gp": lambda _, own: GPSampler(seed=own, warn_independent_sampling=False),
+    "cmaes": lambda _, own: CmaEsSampler(seed=own, warn_independent_sampling=False),
+    "random": lambda _, own: RandomSampler(seed=own),
+    "qmc": lambda seed, own: _PlacedQMC(
+        seed=seed,
+        scramble=True,
+        independent_sampler=RandomSampler(seed=own),
+        warn_asynchronous_seeding=False,
+        warn_independent_sampling=False,
     ),
-    GRID: lambda seed: RandomSampler(seed=seed),
+    GRID: lambda _, own: RandomSampler(seed=own),
 }
-"""``grid`` is for studies that have all of their points from the start: it is never asked for one."""
+"""From the seed of the sweep, and a trial's own. ``grid`` is for studies that have all of their points from the start:
+it is never asked for one."""
 LEARNERS: tuple[Sampler, ...] = ("tpe", "gp")
 """The samplers that learn from trials that they did not choose."""
 PRUNERS: dict[str, Callable[[int, int], BasePruner]] = {
@@ -122,7 +140,6 @@ def open_study(plan: Plan) -> optuna.Study:
             study.set_user_attr(SWEEP_ID, plan.id)
         if study.metric_names is None:
             study.set_metric_names(list(plan.objectives))
-        study.sampler = make_sampler(plan.sampler, plan.seed, len(study.get_trials(deepcopy=False)))
         epochs = dotted.from_json(plan.config_json).train.epochs
         study.pruner = PRUNERS[plan.scheduler](min(plan.grace_epochs, epochs), epochs)
     return study
@@ -194,15 +211,22 @@ def _storage(plan: Plan) -> BaseStorage:
     return JournalStorage(_WholeLines(str(Path(plan.folder) / JOURNAL_FILE)))
 
 
-def make_sampler(name: str, seed: int, asked: int = 0) -> BaseSampler:
-    """A sampler that does not repeat the trials that the study has: it is seeded by their number, too.
+def make_sampler(name: str, seed: int, number: int = 0) -> BaseSampler:
+    """The sampler of one trial: what it draws depends on the seed, the trial's number and what the study has been told,
+    and not on how often a driver was started.
 
-    A quasi-random sequence keeps its place in the study, so it keeps its seed.
+    A quasi-random sequence is one for the whole sweep, so it keeps the sweep's seed.
     """
-    mixed = int(np.random.SeedSequence((seed, asked)).generate_state(1)[0])
+    mixed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group=True: needed for branches
-        return SAMPLERS[name](seed if name == "qmc" else mixed)
+        return SAMPLERS[name](seed, mixed)
+
+
+def next_number(study: optuna.Study) -> int:
+    """The number of the trial that ``study.ask`` gives next."""
+    trials = study.get_trials(deepcopy=False)
+    return next((trial.number for trial in trials if trial.state == TrialState.WAITING), len(trials))
 
 
 def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:

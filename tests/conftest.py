@@ -1,6 +1,7 @@
 """What all tests share: nothing of the user's is read or written, and a small generated dataset."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,12 @@ QUICK = {
 }
 """Settings under which a training of the tiny preset takes about a second, and which the tests may count on."""
 QUICK_FLAGS = [flag for name, value in QUICK.items() for flag in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_signals() -> None:
+    """Ctrl-C is heard here and in all that the tests start, also where a script or cron has started them without."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

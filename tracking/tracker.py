@@ -90,6 +90,28 @@ class SweepTracker:
         self._thread = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)
         self._thread.start()
 
+    @classmethod
+    def again(cls, spool_path: Path) -> SweepTracker | None:
+        """The tracker of a sweep whose process has died, as that process opened it; None if it had not yet."""
+        if not spool_path.exists():
+            return None
+        spool = Spool(spool_path)
+        opened = [entry for entry in spool.entries() if entry["kind"] == "open"]
+        spool.close()
+        if not opened:
+            return None
+        last = opened[-1]
+        return cls(
+            spool_path,
+            **{
+                name: last[name]
+                for name in ("uri", "experiment", "sweep", "sweep_id", "params", "tags", "identifiable")
+            },
+            dataset=(last["dataset"]["name"], last["dataset"]["digest"]),
+            clips=last["dataset"]["clips"],
+            secrets=Secrets(names=tuple(last["names"]), folders=tuple(last["folders"]), own=tuple(last["own"])),
+        )
+
     def trial_started(
         self, trial: str, number: int, params: Mapping[str, Any], tags: Mapping[str, str] | None = None
     ) -> None:

@@ -1,5 +1,6 @@
 """A sweep as its users run it: a process of its own, real Ray, a real MLflow store."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 from mlflow import MlflowClient
@@ -40,15 +42,22 @@ class Sweep:
         self.flags = ["--data-root", str(data_root), "--json", str(folder / "summary.json"), *QUICK_FLAGS, *flags]
         self.log = folder / "sweep.log"
 
-    def start(self, *flags: str) -> subprocess.Popen[bytes]:
+    def start(self, *flags: str, **how: Any) -> subprocess.Popen[bytes]:
         with open(self.log, "ab") as out:
             line = [*self.line, *(flags or self.flags)]
-            return subprocess.Popen(line, cwd=self.folder, env=os.environ | self.environment, stdout=out, stderr=out)
+            environment = os.environ | self.environment
+            return subprocess.Popen(line, cwd=self.folder, env=environment, stdout=out, stderr=out, **how)
 
     def run(self, *flags: str) -> str:
         process = self.start(*flags)
         assert process.wait(timeout=400) == 0, self.text
         return self.text
+
+    def steer(self, command: str, *flags: str) -> None:
+        """``python -m sweeps.pause`` and the like."""
+        line = [sys.executable, "-m", f"sweeps.{command}", "s-1", "--storage", str(self.storage), *flags]
+        done = subprocess.run(line, env=os.environ | self.environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
 
     @property
     def text(self) -> str:
@@ -87,6 +96,33 @@ class Sweep:
                 return
             time.sleep(0.1)
         raise AssertionError(f"no trial reached epoch {step}:\n{self.text}")
+
+
+def family(sweep: Sweep) -> list[psutil.Process]:
+    """All processes of a sweep, whoever started them: those that know its tracking store, which is its own, and others
+    of their sessions (a process that has given itself a title shows no environment)."""
+    alive, ours, own = [], set(), os.getsid(0)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            session, knows = os.getsid(process.pid), process.environ().get("MLFLOW_TRACKING_URI") == sweep.uri
+            alive.append((process, session, knows))
+            ours |= {session} if knows and session != own else set()
+    return [process for process, session, knows in alive if knows or session in ours]
+
+
+def driver_of(process: subprocess.Popen[bytes]) -> psutil.Process:
+    """The driver of a sweep, which the process that people start has started."""
+    [driver] = psutil.Process(process.pid).children()
+    return driver
+
+
+def end(sweep: Sweep) -> None:
+    """Ends what a failed test has left."""
+    for process in family(sweep):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

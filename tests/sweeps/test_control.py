@@ -5,7 +5,6 @@ import importlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from sweeps import driver, pause, stop
 from sweeps.callbacks import StopWhenAsked
 from sweeps.control import PAUSE, STOP, Control
 from sweeps.folder import LOCK_FILE
+from sweeps.interruption import INTERRUPTION
 from sweeps.plan import Plan
 from sweeps.results import OBJECTIVE
 from sweeps.searcher import Pause, StudyScheduler, StudySearcher
@@ -33,7 +33,7 @@ from sweeps.storage import Storage
 from sweeps.studies import STUDIES
 from sweeps.study import own_trials, read_study
 from tests.sweeps.test_status import half_done, make_sweep, result
-from tests.sweeps.test_sweep import ROOT, Sweep, workers_of
+from tests.sweeps.test_sweep import Sweep, workers_of
 
 go_on = importlib.import_module("sweeps.continue")  # a keyword
 Command = Callable[[list[str]], int]
@@ -211,9 +211,10 @@ def test_a_paused_driver_notices_within_two_seconds_and_sleeps_meanwhile(
     threading.Timer(4.0, wish).start()
     deadline = began + (4.0 if ending == "budget" else 99)
     cohort: Any = None  # only trials that start are asked for their split
-    driver._run_and_pause(
-        steered.plan, cohort, steered.searcher, tracker, control, Storage(Path(steered.plan.folder)), deadline
-    )
+    with INTERRUPTION.heard(), INTERRUPTION.deferred():
+        driver._run_and_pause(
+            steered.plan, cohort, steered.searcher, tracker, control, Storage(Path(steered.plan.folder)), deadline
+        )
     waited = (rounds[1] if ending == "continue" else time.monotonic()) - began
     assert 4.0 <= waited < 6.0
     assert time.process_time() - used < 1.0
@@ -232,12 +233,6 @@ def started() -> Iterator[list[subprocess.Popen[bytes]]]:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)
-
-
-def steer(sweep: Sweep, command: str, *flags: str) -> None:
-    line = [sys.executable, "-m", f"sweeps.{command}", "s-1", "--storage", str(sweep.folder), *flags]
-    done = subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -259,7 +254,7 @@ def test_a_real_sweep_rests_and_goes_on_as_if_nothing_had_been(
     process = sweep.start()
     started.append(process)
     sweep.wait_for_epoch(2)
-    steer(sweep, "pause")
+    sweep.steer("pause")
     sweep.wait_for("paused; go on with")
     deadline = time.monotonic() + 30  # Ray ends them a moment later
     while workers_of(process):  # nothing is kept, no GPU either
@@ -271,14 +266,14 @@ def test_a_real_sweep_rests_and_goes_on_as_if_nothing_had_been(
     after = driving.cpu_times()
     assert after.user + after.system - before.user - before.system < 1.0
     assert [entry for entry in sweep.spooled() if entry["kind"] == "epoch"] == rested
-    steer(sweep, "continue")
+    sweep.steer("continue")
     sweep.wait_for("going on")
     deadline = time.monotonic() + 200
     while not (late := {e["trial"] for e in sweep.spooled() if e["kind"] == "epoch" and e not in rested} - {"0"}):
         assert time.monotonic() < deadline, sweep.text
         time.sleep(0.1)
     stopped = int(str(min(late)))
-    steer(sweep, "stop", "--trial", str(stopped))
+    sweep.steer("stop", "--trial", str(stopped))
     assert process.wait(timeout=300) == 0, sweep.text
 
     study = read_study(tmp_path / "s-1", "s-1")
@@ -315,7 +310,7 @@ def test_stop_ends_a_real_sweep_as_ctrl_c_does(
     process = sweep.start()
     started.append(process)
     sweep.wait_for_epoch(1)
-    steer(sweep, "stop")
+    sweep.steer("stop")
     assert process.wait(timeout=100) == 130
     assert f"interrupted; go on with:  python -m sweeps.run fusion_search --resume --name s-1 --storage {tmp_path}" in (
         sweep.text

@@ -31,7 +31,7 @@ from sweeps.results import OBJECTIVE
 from sweeps.study import FAILURE, JOURNAL_FILE, open_study, own_trials
 from sweeps.trial import CONFIG_FILE
 from tests.sweeps.object_store import object_store
-from tests.sweeps.running import ROOT, Sweep, workers_of
+from tests.sweeps.running import ROOT, Sweep, end, workers_of
 from tests.tracking.stores import free_port, server
 
 pytestmark = pytest.mark.faults
@@ -61,14 +61,6 @@ def sweep(sample_root: Path, tmp_path: Path, faults: Path) -> Iterator[Sweep]:
 def obeying(faults: Path) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT / "tests" / "sweeps" / "faults_in_workers"), str(ROOT)])
     return {"FAULTS": str(faults), "PYTHONPATH": path}
-
-
-def end(sweep: Sweep) -> None:
-    """Ends what a failed test has left."""
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        if sweep.line == (process.info["cmdline"] or [])[: len(sweep.line)]:
-            for each in [*process.children(recursive=True), process]:
-                each.kill()
 
 
 def finish(process: subprocess.Popen[bytes], sweep: Sweep) -> None:

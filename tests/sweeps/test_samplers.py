@@ -26,6 +26,35 @@ SMALL = Sweep(name="small", about="", space=small_space)
 SEVERAL = ("spearman", "params")
 
 
+def asked_for(folder: Path, sampler: str, sweep: Sweep, trials: int, restarts: frozenset[int]) -> dict[int, object]:
+    """The settings of all trials, run one after the other while the next one waits already; before some of them the
+    driver dies, in the middle of a trial and with one that waits."""
+    plan = plan_in(folder, sampler=sampler, trials=trials, scheduler="none")
+    searcher, found, running = StudySearcher(plan, sweep, places=1), {}, []
+    for step in range(trials):
+        if step in restarts:
+            searcher, running = StudySearcher(plan, sweep, places=1), []
+        while len(running) < 2 and isinstance(suggested := searcher.suggest(f"{step}-{len(running)}"), dict):
+            assert found.setdefault(suggested["number"], suggested["settings"]) == suggested["settings"]
+            searcher.placed(f"{step}-{len(running)}") if not running else None
+            running.append((f"{step}-{len(running)}", suggested))
+        name, suggested = running.pop(0)
+        finish(searcher, name, suggested["settings"]["train.lr"] + suggested["number"] / 1000)
+        for other, _ in running:
+            searcher.placed(other)
+    assert len(found) == trials
+    return found
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
+def test_what_is_drawn_does_not_depend_on_how_often_the_driver_was_started(sampler: str, tmp_path: Path) -> None:
+    sweep, trials = (SMALL, 14) if sampler == "gp" else (STUDIES["optimiser_search"], 24)
+    undisturbed = asked_for(tmp_path / "once", sampler, sweep, trials, frozenset())
+    restarted = asked_for(tmp_path / "often", sampler, sweep, trials, frozenset({1, 2, 5, 6, 11, 13, 20}))
+    assert restarted == undisturbed
+    assert len({str(settings) for settings in undisturbed.values()}) == trials
+
+
 @pytest.mark.parametrize("objectives", [("spearman",), SEVERAL], ids=["one", "two"])
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
 def test_a_sampler_asks_for_new_points_all_the_time(sampler: str, objectives: tuple[str, ...], tmp_path: Path) -> None:
