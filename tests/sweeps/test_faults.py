@@ -6,6 +6,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -161,6 +162,37 @@ def test_kill_9_of_the_driver_twice(sweep: Sweep) -> None:
     assert any(trial.user_attrs["attempts"] > 1 for trial in trials)
     for trial in trials:
         as_if_undisturbed(sweep, trial)
+
+
+def test_a_driver_that_is_killed_seven_times_finds_what_one_finds_that_is_not(
+    sample_root: Path, tmp_path: Path
+) -> None:
+    cores = str(psutil.cpu_count())
+    flags = ["--trials", "13", "--cpus-per-trial", cores, "--set", "train.epochs=4", "--scheduler", "none"]
+    found = []
+    for name, kills in (("undisturbed", 0), ("killed", 7)):
+        (tmp_path / name).mkdir()
+        sweep = Sweep(tmp_path / name, sample_root, *flags)
+        try:
+            draw = random.Random(0)
+            for number in range(kills):
+                process = sweep.start(*(("--resume",) if number else ()))
+                wanted = sum(entry["kind"] == "epoch" for entry in sweep.spooled()) + draw.randint(2, 7)
+                deadline = time.monotonic() + 200
+                while sum(entry["kind"] == "epoch" for entry in sweep.spooled()) < wanted:
+                    assert process.poll() is None, sweep.text
+                    assert time.monotonic() < deadline, sweep.text
+                    time.sleep(0.05)
+                kill_all(process)
+            sweep.run(*(("--resume",) if kills else ()))
+            trials = own_trials(open_study(Plan.load(sweep.storage / "s-1")))
+            found.append([(trial.number, trial.params, trial.intermediate_values, trial.values) for trial in trials])
+            if kills:
+                assert sum(trial.user_attrs["attempts"] > 1 for trial in trials) >= 3
+        finally:
+            end(sweep)
+    assert len(found[0]) == 13
+    assert found[0] == found[1]
 
 
 def test_the_driver_dies_between_a_trials_last_epoch_and_its_end(sweep: Sweep) -> None:
