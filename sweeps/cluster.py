@@ -30,7 +30,7 @@ from qafe.errors import ConfigError
 
 from .executor import probe
 from .interruption import INTERRUPTION
-from .supervisor import NOTES_OF_THIS, PR_SET_PDEATHSIG
+from .supervisor import NOTES, PR_SET_PDEATHSIG
 
 STARTS_WITHIN_S = 180.0
 POLL_S = 0.05
@@ -90,7 +90,7 @@ def watched(gone: Gone) -> Iterator[None]:
     def watch() -> None:
         while not left.wait(LOOK_S):
             if reason := gone():
-                NOTES_OF_THIS.tell(gone=reason)
+                NOTES.tell(gone=reason)
                 os._exit(USER_ERROR)
 
     threading.Thread(target=watch, name="ray", daemon=True).start()
@@ -104,7 +104,7 @@ def watched(gone: Gone) -> Iterator[None]:
 def _own_ray() -> Iterator[tuple[str, Gone]]:
     """Address of a Ray for this process alone."""
     folder = Path(tempfile.mkdtemp(prefix="qafe-ray-", dir=_temporary_folder()))  # its owner's alone; Ray's is not
-    NOTES_OF_THIS.tell(scratch=str(folder))
+    NOTES.tell(scratch=str(folder))
     line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]
     line += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--include-log-monitor=false"]
     line += ["--disable-usage-stats", f"--temp-dir={folder / 'ray'}"]

@@ -39,7 +39,7 @@ from .results import OBJECTIVE
 from .searcher import Pause, StudyScheduler, StudySearcher, budget_used
 from .storage import Storage
 from .study import BY_HAND, give_up, link_runs, own_trials, running_trials
-from .supervisor import NOTES_OF_THIS
+from .supervisor import NOTES
 from .sweep import Sweep
 from .timeline import NoteWorkers
 from .trial import TrialPlan, train_trial
@@ -93,7 +93,7 @@ def run_sweep(
             cluster.joined(address) as gone,
             _tracked(plan, cohort) as tracker,
         ):
-            NOTES_OF_THIS.tell(folder=plan.folder, address=address, notify=notify)
+            NOTES.tell(folder=plan.folder, address=address, notify=notify)
             plan.save()  # what has been extended: from here on nothing refuses it
             summary = outcome.summary = _search(plan, sweep, cohort, tracker, gone)
         _print_summary(summary, plan)
@@ -172,7 +172,7 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
         raise
     finally:
         _close(tracker, state)
-        NOTES_OF_THIS.tell(closed=True)
+        NOTES.tell(closed=True)
 
 
 def _close(tracker: SweepTracker, state: TrialState) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from .interruption import SIGNALS
 
-NOTES = "QAFE_DRIVER_NOTES"
+NOTES_VARIABLE = "QAFE_DRIVER_NOTES"
 """Environment variable of a driver: the file descriptor on which it tells this process of itself."""
 PR_SET_PDEATHSIG = 1
 
@@ -31,7 +31,7 @@ def supervise(module: str, argv: Sequence[str]) -> int:
     parent_dies = ctypes.CDLL(None).prctl  # looked up before the fork
     driver = subprocess.Popen(
         [sys.executable, "-m", module, *argv],
-        env=os.environ | {NOTES: str(told)},
+        env=os.environ | {NOTES_VARIABLE: str(told)},
         pass_fds=[told],
         preexec_fn=lambda: parent_dies(PR_SET_PDEATHSIG, signal.SIGKILL),
     )
@@ -44,18 +44,18 @@ def supervise(module: str, argv: Sequence[str]) -> int:
         if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, pass_on)
     status = driver.wait()
-    notes: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     os.set_blocking(heard, False)
     with open(heard, "rb", buffering=0) as pipe:
         for line in (pipe.read(2**16) or b"").splitlines():
-            notes |= json.loads(line)
-    if scratch := notes.get("scratch"):  # of Ray, which dies with its driver
+            found |= json.loads(line)
+    if scratch := found.get("scratch"):  # of Ray, which dies with its driver
         shutil.rmtree(scratch, ignore_errors=True)
-    if notes.get("folder") and not notes.get("closed"):
+    if found.get("folder") and not found.get("closed"):
         from .driver import close_for  # now it may take its time
 
         name = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return close_for(notes, notes.get("gone") or f"its driver {name}")
+        return close_for(found, found.get("gone") or f"its driver {name}")
     return 128 - status if status < 0 else status
 
 
@@ -63,7 +63,7 @@ class Notes:
     """What a driver tells the process that has started it, if that is one of these."""
 
     def __init__(self) -> None:
-        self._told = os.environ.pop(NOTES, "")
+        self._told = os.environ.pop(NOTES_VARIABLE, "")
         if self._told:
             os.set_inheritable(int(self._told), False)
 
@@ -79,4 +79,5 @@ class Notes:
             os.write(int(self._told), json.dumps(notes).encode() + b"\n")
 
 
-NOTES_OF_THIS = Notes()
+NOTES = Notes()
+"""Of this process."""

@@ -84,13 +84,13 @@ class _Sweep:
             process = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
             while process.poll() is None:
                 try:
-                    driver = psutil.Process(process.pid)
+                    [driver] = psutil.Process(process.pid).children()
                     self.memory_mb.append((time.time() - started, driver.memory_info().rss / 2**20))
                     for each in (driver, *driver.children(recursive=True)):
                         with contextlib.suppress(psutil.Error):
                             used[each.pid] = sum(each.cpu_times()[:2])
-                except psutil.Error:
-                    break
+                except (psutil.Error, ValueError):  # it has not begun, or has ended
+                    pass
                 time.sleep(1)
         if process.wait():
             raise RuntimeError((folder / "log").read_text()[-2000:])

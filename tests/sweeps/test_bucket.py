@@ -14,15 +14,14 @@ import pytest
 from qafe.errors import ConfigError
 from qafe.train import BEST_FILE, STATE_FILE
 from sweeps import bucket as bucket_module
-from sweeps import run
 from sweeps import storage as storage_module
 from sweeps.bucket import Bucket, may_pass
 from sweeps.callbacks import TrackTrials
 from sweeps.checkpoints import SEAL_FILE, newest, seal
+from sweeps.command import main
 from sweeps.control import Control
 from sweeps.driver import _settle
 from sweeps.preemption import Preemption
-from sweeps.run import main
 from sweeps.searcher import StudySearcher
 from sweeps.status import main as status
 from sweeps.stop import main as stop
@@ -256,7 +255,7 @@ def test_bad_places_are_refused_in_one_line(
         assert line in said
         assert len(said.strip().splitlines()) == 1
         assert "key:sec" not in said
-    monkeypatch.setattr(run, "STORAGE", tmp_path)
+    monkeypatch.setattr(command, "STORAGE", tmp_path)
     plan_in(tmp_path, "s-1", bucket=bucket.url)
     refused = {"s3://key:secret@sweeps/x": "must hold no password", "s3://sweeps/other": f"are in {bucket.url}, got"}
     for url, line in refused.items():

@@ -17,13 +17,13 @@ import sweeps.room
 from qafe.config import Config, tiny
 from qafe.dotted import flatten, from_json, override
 from sweeps.calibration import Timing
+from sweeps.command import _parser, main
 from sweeps.draft import draft_plan
 from sweeps.estimate import Cost, calibrate, describe_space, draw_configs, simulate
 from sweeps.plan import Plan
 from sweeps.progress import SECONDS
 from sweeps.results import OBJECTIVE
 from sweeps.room import fitting, side_by_side, surely_fits, with_half_the_batch
-from sweeps.run import _parser, main
 from sweeps.searcher import StudySearcher, budget_used
 from sweeps.studies import STUDIES
 from sweeps.study import BASELINE, PRUNERS

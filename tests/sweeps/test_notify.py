@@ -11,8 +11,8 @@ import pytest
 
 from qafe.errors import ConfigError, MediaError, QafeError
 from sweeps import notify
+from sweeps.command import main
 from sweeps.notify import check_url, notified, post
-from sweeps.run import main
 from tests.sweeps.test_status import half_done, make_sweep
 
 SUMMARY = {

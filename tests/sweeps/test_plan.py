@@ -11,10 +11,10 @@ from qafe.config import tiny
 from qafe.data.cohort import load_cohort
 from qafe.dotted import from_json, override
 from sweeps import provenance
+from sweeps.command import main
 from sweeps.folder import LOCK_FILE
 from sweeps.plan import Plan
 from sweeps.provenance import trial_tags
-from sweeps.run import main
 from tests.conftest import QUICK_FLAGS
 from tests.tracking.stores import embedded, free_port
 

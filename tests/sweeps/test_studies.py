@@ -12,11 +12,11 @@ import sweeps.driver
 from qafe.config import tiny
 from qafe.dotted import override
 from qafe.errors import ConfigError
+from sweeps.command import main
 from sweeps.draft import planned_trials
 from sweeps.noise import noise, sentences
 from sweeps.plan import STUDY_FILE, STUDY_FOLDER, Plan, study_tags
 from sweeps.report import TrialSummary, seed_noise
-from sweeps.run import main
 from sweeps.searcher import StudySearcher
 from sweeps.studies import STUDIES, find_study, planned_sweep
 from sweeps.study import open_study

@@ -17,8 +17,8 @@ from mlflow import MlflowClient
 from qafe.history import read_history
 from qafe.store import Store
 from sweeps.checkpoints import last
+from sweeps.command import main
 from sweeps.plan import Plan
-from sweeps.run import main
 from sweeps.study import open_study
 from tests.conftest import QUICK_FLAGS
 from tests.sweeps.running import ROOT, Sweep, workers_of

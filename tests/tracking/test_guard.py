@@ -25,9 +25,9 @@ from qafe.errors import ConfigError
 from qafe.model.qafenet import build
 from qafe.store import CsvRow, Store
 from sweeps.callbacks import TRACKED
+from sweeps.command import main
 from sweeps.monitor import Monitor
 from sweeps.provenance import source_tags, trial_tags
-from sweeps.run import main
 from sweeps.studies import STUDIES
 from sweeps.study import PRUNERS, SAMPLERS
 from tests.conftest import QUICK_FLAGS

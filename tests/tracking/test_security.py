@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.server.auth.client import AuthServiceClient
 
 from qafe.errors import TrackingError
-from sweeps.run import main as sweep
+from sweeps.command import main as sweep
 from tracking import registry
 from tracking.accounts import Accounts
 from tracking.connection import connect, masked, resolve_uri
