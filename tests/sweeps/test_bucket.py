@@ -14,6 +14,7 @@ import pytest
 from qafe.errors import ConfigError
 from qafe.train import BEST_FILE, STATE_FILE
 from sweeps import bucket as bucket_module
+from sweeps import command
 from sweeps import storage as storage_module
 from sweeps.bucket import Bucket, may_pass
 from sweeps.callbacks import TrackTrials
