@@ -459,4 +459,6 @@ def tiny() -> Config:
     )
 
 
+PRETRAINED = ("model.rgb.weights", "model.heatmap.weights")
+"""The settings that name files on this machine."""
 PRESETS: dict[str, Callable[[], Config]] = {"paper": paper, "small": small, "tiny": tiny}

@@ -18,7 +18,6 @@ import csv
 import io
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +33,7 @@ from PIL import Image, UnidentifiedImageError
 from .config import EXPRESSIONS
 from .errors import ManifestError, MediaError
 from .markup import ALL_COUNT, INNER
+from .natural_order import natural_order
 
 Split = Literal["train", "test"]
 Frames = npt.NDArray[np.uint8]
@@ -385,7 +385,9 @@ class Store:
     def videos(self) -> list[tuple[str, str]]:
         """(patient, video) of every folder of frames, in natural order."""
         found = [path for path in (self.root / "frames").glob("*/*") if path.is_dir() and path.name[0] != "."]
-        return sorted(((path.parent.name, path.name) for path in found), key=lambda item: list(map(_natural, item)))
+        return sorted(
+            ((path.parent.name, path.name) for path in found), key=lambda item: list(map(natural_order, item))
+        )
 
     def clear_leftovers(self) -> None:
         """Removes what a killed process left half-written. Nobody else may be writing here."""
@@ -435,10 +437,6 @@ def _check_landmarks(points: npt.NDArray[np.generic], place: str, step: str, *, 
         raise ManifestError(f"landmarks must be finite, got NaN or infinity in frame {frame} ({place}). {step}")
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def _listed(folder: Path) -> list[tuple[str, int, int, int]]:
     try:
         with os.scandir(folder) as entries:
@@ -449,7 +447,7 @@ def _listed(folder: Path) -> list[tuple[str, int, int, int]]:
             ]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(found, key=lambda item: _natural(item[0]))
+    return sorted(found, key=lambda item: natural_order(item[0]))
 
 
 def _jpegs(folder: Path) -> list[str]:
@@ -459,7 +457,7 @@ def _jpegs(folder: Path) -> list[str]:
         ]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(names, key=_natural)
+    return sorted(names, key=natural_order)
 
 
 def _header_shape(path: Path) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import dotted, metrics
-from .config import Config
+from .config import PRETRAINED, Config
 from .data.dataset import Clip, ClipBatch, ClipDataset, model_inputs
 from .data.loader import clip_loader, evaluation_loader, read_batches
 from .data.manifest import Sample
@@ -162,6 +162,19 @@ def check_samples(config: Config, store: Store, train: Sequence[Sample], validat
     for samples in (train, validation):
         ClipDataset(store, samples, config, train=False)
     build_loss(config.train, _scores(train))
+
+
+def check_model(config: Config) -> None:
+    """Refuses the settings and weights of a model that `fit` would refuse; without weights to read, no model is made.
+
+    Raises:
+        ConfigError: settings that do not fit together.
+        CheckpointError: weights cannot be read, or are another model's.
+    """
+    with torch.device("meta"):  # where initialising weights is no work
+        model = build(config)
+    if any(dotted.flatten(config)[name] for name in PRETRAINED):
+        weights.load_pretrained(model.to_empty(device="cpu"), config.model)
 
 
 def _check_counts(train: Sequence[Sample], validation: Sequence[Sample]) -> None:
@@ -512,10 +525,11 @@ def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device)
 
 
 def _same_steps(config: Config) -> dict[str, Any]:
-    """A config's settings, but for those that a run may change when it resumes: how a step's clips are computed."""
+    """A config's settings, but for those that a run may change when it resumes: how a step's clips are computed, and
+    where the weights lie that it has started from."""
     flat = dotted.flatten(config)
     flat["train.batch_size"] *= flat.pop("train.accumulate")
-    free = ("train.checkpoint", "train.compile", "data.workers", "data.cache_gb")
+    free = ("train.checkpoint", "train.compile", "data.workers", "data.cache_gb", *PRETRAINED)
     return {name: value for name, value in flat.items() if name not in free}
 
 

@@ -16,14 +16,15 @@ from qafe.errors import ConfigError
 
 from . import estimate
 from .bucket import Bucket
-from .draft import draft_plan, make_plan, planned_trials
-from .folder import STORAGE, find_sweep, is_url, last_name
+from .draft import DEFAULTS, check_resources, draft_plan, make_plan, planned_trials
+from .folder import PLAN_FILE, REPORT_FOLDER, STORAGE, find_sweep, is_url, last_name
 from .interruption import INTERRUPTION
 from .notify import check_url
-from .plan import KEPT_CHECKPOINTS, Plan
+from .plan import Plan
+from .resuming import OBEYED, resumed_plan, typed
 from .studies import STUDIES, find_study, planned_sweep
 from .study import DIRECTIONS, PRUNERS, SAMPLERS
-from .user_file import is_file_name
+from .sweep import Sweep
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -64,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         help="start no trial that would not fit into this (hours of workers where trials have no GPU)",
     )
     parser.add_argument("--dry-run", action="store_true", help="measure briefly what the sweep would cost, and stop")
-    parser.add_argument("--cpus-per-trial", type=float, default=1.0)
+    parser.add_argument(
+        "--cpus-per-trial",
+        type=float,
+        help=f"also the threads of its training (default: {DEFAULTS['cpus_per_trial']:g})",
+    )
     parser.add_argument("--gpus-per-trial", type=float, help="may be a fraction (default: 1 where a GPU is, else 0)")
     parser.add_argument("--address", help="Ray cluster to join, e.g. auto (default: a local Ray)")
     parser.add_argument("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db here)")
@@ -85,20 +90,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sampler", choices=list(SAMPLERS), help="(default: tpe; for a grid of points, grid)")
     parser.add_argument(
         "--objectives",
-        default="spearman",
-        help=f"spearman, and what else counts, with commas: {', '.join(DIRECTIONS)} (default: %(default)s)",
+        help=f"what counts, with commas: {', '.join(DIRECTIONS)} (default: {DEFAULTS['objectives']})",
     )
     parser.add_argument(
         "--study-storage", metavar="URL", help="database of the study, e.g. postgresql:// (default: a file)"
     )
     parser.add_argument(
-        "--keep-checkpoints", type=int, default=KEPT_CHECKPOINTS, metavar="K", help="of the best trials (%(default)s)"
+        "--keep-checkpoints",
+        type=int,
+        metavar="K",
+        help=f"of the best trials (default: {DEFAULTS['keep_checkpoints']})",
     )
     parser.add_argument(
         "--warm-start", metavar="SWEEP[,...]", help="let the sampler learn from earlier sweeps: names, or folders"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the search; train.seed is a setting")
+    parser.add_argument(
+        "--seed", type=int, help=f"of the search (default: {DEFAULTS['seed']}); train.seed is a setting"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with a sweep that was interrupted")
+    parser.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="start the sweep that --name names, or go on with it if it has begun: one line for a job and its restarts",
+    )
     parser.add_argument("--extend", type=int, metavar="TRIALS", help="add trials to a sweep, and go on with it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there for programs")
     parser.add_argument("--notify", metavar="URL", help="POST one JSON object there when the sweep ends, however")
@@ -120,30 +134,28 @@ def _main(options: argparse.Namespace) -> int:
         existing = next((path for path in (folder, *folder.parents) if path.exists()), None) if folder else None
         if existing and not existing.is_dir():
             raise ConfigError(f"{name} must lie in a folder, {existing} is a file. Name another place.")
-    if options.dry_run and (options.resume or options.extend is not None):
-        raise ConfigError("--dry-run is for a new sweep, got it with --resume or --extend. Leave one of them out.")
+    asked = [flag for flag in ("dry_run", "resume", "auto_resume", "extend") if typed(options, flag)]
+    if len(asked) > 1 and asked != ["resume", "extend"]:
+        one, other = ("--" + flag.replace("_", "-") for flag in asked[:2])
+        raise ConfigError(
+            f"a sweep is measured, started or gone on with, got {one} with {other}. Leave one of them out."
+        )
     if options.dry_run:
         sweep = find_study(options.study)
         return estimate.dry_run(draft_plan(options, sweep, storage), sweep, json_file=options.json)
-    if options.resume or options.extend is not None:
-        plan = Plan.load(storage / (options.name or last_name(storage, find_study(options.study).name)))
-        sweep = planned_sweep(plan)
-        if in_bucket:
-            Bucket(options.storage, plan.name)  # before it is shown: it may hold a password
-        if in_bucket and options.storage != plan.bucket:
-            raise ConfigError(
-                f"the checkpoints of {plan.name} are in {plan.bucket or plan.folder}, got --storage {options.storage}. "
-                "Leave it out."
-            )
-        _check_resumable(plan, options)
-        if options.extend is not None:
-            base, pinned = dotted.from_json(plan.config_json), frozenset(plan.pinned)
-            plan = dataclasses.replace(plan, trials=planned_trials(sweep, plan.trials + options.extend, base, pinned))
-        if options.budget_gpu_hours is not None:
-            plan = dataclasses.replace(plan, budget_hours=options.budget_gpu_hours)
-    else:
+    if options.auto_resume and options.name is None:
+        raise ConfigError("--auto-resume must know the sweep that it starts or goes on with. Add --name NAME.")
+    new = not asked or (options.auto_resume and not (storage / options.name / PLAN_FILE).exists())
+    if new:
         sweep = find_study(options.study)
         plan = make_plan(options, sweep, storage)
+    else:
+        plan = Plan.load(storage / (options.name or last_name(storage, find_study(options.study).name)))
+        sweep = planned_sweep(plan)
+        if options.auto_resume and find_sweep(storage, Path(plan.folder).name).complete:
+            print(f"{plan.name} is complete, there is nothing to do: its report is in {plan.folder}/{REPORT_FOLDER}")
+            return 0
+        plan = _gone_on_with(plan, sweep, options)
     alone = {} if options.address else ALONE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     for name, value in (QUIET | alone).items():
         os.environ.setdefault(name, value)
@@ -153,7 +165,7 @@ def _main(options: argparse.Namespace) -> int:
 
         from .driver import end_early, run_sweep
 
-    new, claimed = not options.resume and options.extend is None, False
+    claimed = False
     try:
         if INTERRUPTION.asked:
             raise KeyboardInterrupt
@@ -171,25 +183,26 @@ def _main(options: argparse.Namespace) -> int:
         raise
 
 
-def _check_resumable(plan: Plan, options: argparse.Namespace) -> None:
-    """A sweep goes on as it was planned, or not at all."""
-    # A user's file may have changed or gone since: the sweep has its own copy.
-    named = plan.study if is_file_name(options.study) and plan.study not in STUDIES else options.study
-    if named != plan.study:
-        raise ConfigError(f"{plan.name} is a sweep of {plan.study}, not of {named}. Name that study.")
-    if options.extend is not None and options.extend < 1:
-        raise ConfigError(f"--extend must be at least 1, got {options.extend}. Name more trials.")
-    if options.budget_gpu_hours is not None and options.budget_gpu_hours <= 0:
-        raise ConfigError(f"--budget-gpu-hours must be greater than 0, got {options.budget_gpu_hours:g}. Name more.")
-    usual = vars(_parser().parse_args([]))
-    kept = ("study", "name", "storage", "address", "cpus_per_trial")
-    free = (*kept, "resume", "extend", "json", "notify", "debug", "budget_gpu_hours")
-    given = [name for name, value in vars(options).items() if name not in free and value != usual.get(name)]
-    if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ConfigError(f"a resumed sweep keeps its plan, got {flags} with --resume or --extend. Leave them out.")
-    if options.extend is None and find_sweep(Path(plan.folder).parent, plan.name).complete:
+def _gone_on_with(plan: Plan, sweep: Sweep, options: argparse.Namespace) -> Plan:
+    """The plan of a sweep that has begun, with what a command that goes on with it may change."""
+    if options.storage and is_url(options.storage):
+        Bucket(options.storage, plan.name)  # before it is shown: it may hold a password
+        if options.storage != plan.bucket:
+            raise ConfigError(
+                f"the checkpoints of {plan.name} are in {plan.bucket or plan.folder}, got --storage {options.storage}. "
+                "Leave it out."
+            )
+    plan = resumed_plan(plan, options)
+    numbers = {flag: getattr(plan, field) for flag, field in OBEYED.items()}
+    check_resources(numbers | {"trials": plan.trials, "seed": plan.seed}, options.address)
+    if options.extend is not None:
+        if options.extend < 1:
+            raise ConfigError(f"--extend must be at least 1, got {options.extend}. Name more trials.")
+        base, pinned = dotted.from_json(plan.config_json), frozenset(plan.pinned)
+        return dataclasses.replace(plan, trials=planned_trials(sweep, plan.trials + options.extend, base, pinned))
+    if find_sweep(Path(plan.folder).parent, Path(plan.folder).name).complete:
         raise ConfigError(
             f"only an interrupted sweep can be resumed, {plan.name} is complete. "
             f"Add trials (--extend 16 --name {plan.name}) or start a new one."
         )
+    return plan

@@ -9,30 +9,34 @@ import os
 import re
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from qafe import console, dotted
-from qafe.config import PRESETS, Config
+from qafe.config import PRESETS, PRETRAINED, Config
 from qafe.data.cohort import Cohort, choose_expressions, load_cohort, split_cohort
 from qafe.data.sample import VERSION, make_sample
 from qafe.device import amp_dtype
 from qafe.errors import ConfigError
-from qafe.train import fit
+from qafe.train import check_model, check_samples
 from tracking.connection import connect, masked, resolve_uri
 from tracking.guard import check_patients
-from tracking.privacy import PATH_SETTINGS
 from tracking.pseudonyms import load_key
 from tracking.runs import sweep_exists
 
 from .bucket import Bucket
 from .folder import PLAN_FILE, free_name, is_url, name_taken
-from .plan import Plan
+from .plan import KEPT_CHECKPOINTS, Plan
+from .resuming import sha256_of
 from .room import fitting, room_bytes, side_by_side, trial_bytes
-from .study import DIRECTIONS, GRID, LEARNERS, Objective, Sampler, Scheduler, make_sampler
+from .study import DIRECTIONS, GRID, LEARNERS, Objective, Sampler, Scheduler, make_sampler, whole_url
 from .sweep import Sweep, trial_device
 from .warm_start import find_sweeps
+
+DEFAULTS = {"cpus_per_trial": 1.0, "objectives": "spearman", "keep_checkpoints": KEPT_CHECKPOINTS, "seed": 0}
+"""Of flags that have none on the command line, where a flag that was typed must be known from one that was not."""
 
 
 def make_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
@@ -68,6 +72,7 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
     Raises:
         QafeError: a setting, the data, the resources, a model too large for this machine, or a name that is taken.
     """
+    options = _with_defaults(options)
     gpus = torch.cuda.device_count()
     if options.address and (options.preset is None or options.gpus_per_trial is None):
         raise ConfigError(
@@ -76,7 +81,7 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
     preset = options.preset or ("paper" if gpus and options.data_root else "tiny")
     gpus_per_trial = float(gpus > 0) if options.gpus_per_trial is None else options.gpus_per_trial
     trials = sweep.trials if options.trials is None else options.trials
-    _check_resources(options, trials, gpus_per_trial, gpus)
+    check_resources(vars(options) | {"trials": trials, "gpus_per_trial": gpus_per_trial}, options.address)
     name = options.name or ""
     if not re.fullmatch(r"[A-Za-z0-9._-]*", name):
         raise ConfigError(f"a sweep's name is made of letters, digits, '.', '_' and '-', got {name!r} (--name).")
@@ -104,8 +109,8 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
     for split, expression in itertools.product(sorted(splits), expressions):
         settings_of = dotted.override(config, {"data.split_seed": split})
         part = split_cohort(cohort.store, cohort.manifest, settings_of.data).only(expression)
-        # Checks all that it needs, and is not asked for an epoch.
-        fit(settings_of, part.store, part.train, part.validation, device=torch.device("cpu"))
+        check_samples(settings_of, part.store, part.train, part.validation)
+    check_model(config)
     baseline_bytes = 0
     if not options.address:  # a cluster's memory is seen by its trials
         baseline_bytes = _check_memory(config, options.cpus_per_trial, gpus_per_trial, trials, len(expressions))
@@ -130,13 +135,21 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
         scheduler=scheduler,
         sampler=sampler,
         objectives=objectives,
-        study_storage=_whole_url(options.study_storage or ""),
+        study_storage=whole_url(options.study_storage or ""),
         bucket=bucket,
         keep_checkpoints=options.keep_checkpoints,
         warm_start=warm_start,
         budget_hours=options.budget_gpu_hours,
         baseline_bytes=baseline_bytes,
         identifiable=options.allow_identifiable,
+        weights_sha256={name: sha256_of(Path(place)) for name in PRETRAINED if (place := dotted.flatten(config)[name])},
+    )
+
+
+def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
+    """A new sweep's options: what was not typed has its usual value."""
+    return argparse.Namespace(
+        **{name: DEFAULTS.get(name) if value is None else value for name, value in vars(options).items()}
     )
 
 
@@ -181,25 +194,27 @@ def _check_memory(config: Config, cpus: float, gpus: float, trials: int, models:
     return trial_bytes(config, device, models)
 
 
-def _check_resources(options: argparse.Namespace, trials: int, gpus_per_trial: float, gpus: int) -> None:
-    """Numbers that make sense, and fit this machine where no cluster is named."""
-    for name, value in (
-        ("--trials", trials),
-        ("--keep-checkpoints", options.keep_checkpoints),
-        ("--cpus-per-trial", options.cpus_per_trial),
-        ("--time-budget", 1 if options.time_budget is None else options.time_budget),
-        ("--budget-gpu-hours", 1 if options.budget_gpu_hours is None else options.budget_gpu_hours),
-    ):
-        if value <= 0:
+def check_resources(numbers: Mapping[str, float | None], address: str | None) -> None:
+    """Refuses numbers that make no sense, or do not fit this machine where no cluster is named.
+
+    Args:
+        numbers: by flag; None is one that nobody has given.
+    Raises:
+        ConfigError: one of them.
+    """
+    for flag in ("trials", "keep_checkpoints", "cpus_per_trial", "time_budget", "budget_gpu_hours"):
+        value = numbers[flag]
+        if value is not None and value <= 0:
+            name = "--" + flag.replace("_", "-")
             raise ConfigError(f"{name} must be greater than 0, got {value:g}. Name a larger number.")
-    for name, value, here in (
-        ("--cpus-per-trial", options.cpus_per_trial, os.cpu_count() or 1),
-        ("--gpus-per-trial", gpus_per_trial, gpus),
-    ):
-        if value < 0 or (not options.address and value > here):
+    for flag, here in (("cpus_per_trial", os.cpu_count() or 1), ("gpus_per_trial", torch.cuda.device_count())):
+        value = numbers[flag]
+        assert value is not None
+        if value < 0 or (not address and value > here):
+            name = "--" + flag.replace("_", "-")
             raise ConfigError(f"{name} must lie between 0 and the {here} of this machine, got {value:g}. Name fewer.")
-    if options.seed < 0:
-        raise ConfigError(f"--seed must not be negative, got {options.seed}. Name another.")
+    if (seed := numbers["seed"]) is not None and seed < 0:
+        raise ConfigError(f"--seed must not be negative, got {seed}. Name another.")
 
 
 def _sampler(options: argparse.Namespace, sweep: Sweep, objectives: tuple[Objective, ...]) -> Sampler:
@@ -247,13 +262,7 @@ def _objectives(options: argparse.Namespace, sweep: Sweep) -> tuple[tuple[Object
 def _with_whole_paths(config: Config) -> Config:
     """Paths of weights as every worker can read them: a trial runs in a folder of its own."""
     flat = dotted.flatten(config)
-    return dotted.override(config, {name: str(Path(flat[name]).resolve()) for name in PATH_SETTINGS if flat[name]})
-
-
-def _whole_url(url: str) -> str:
-    """A database's URL that means the same in every folder."""
-    file = re.fullmatch(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:|file:)([^?]+)(.*)", url)
-    return f"{file[1]}{Path(file[2]).resolve()}{file[3]}" if file else url
+    return dotted.override(config, {name: str(Path(flat[name]).resolve()) for name in PRETRAINED if flat[name]})
 
 
 def _without_landmarks(cohort: Cohort, expressions: tuple[str, ...]) -> frozenset[str]:

@@ -79,8 +79,8 @@ def run_sweep(
     cohort = load_cohort(plan.data_root, config.data)
     if cohort.manifest.digest != plan.data_digest:
         raise ConfigError(
-            f"a sweep must go on with the data that it began with, {plan.data_root} has changed since. "
-            "Start a new sweep."
+            f"a sweep must go on with the data that it began with, {plan.data_root} is not that, or has changed since. "
+            "Name the place of that data (--data-root), or start a new sweep."
         )
     clips = cohort.clip_counts(plan.expressions)
     say(
@@ -112,10 +112,10 @@ def end_early(plan: Plan, address: str | None, reason: str = "") -> int:
         reason: what has ended it, where it was not somebody's wish.
     """
     folder = Path(plan.folder)
-    line = f"python -m sweeps.run {plan.study} --resume --name {plan.name}"
+    line = f"python -m sweeps.run {plan.study} --resume --name {folder.name}"
     line += (f" --address {address}" if address else "") + storage_flag(folder)
     how = "interrupted" + (f", for {reason}" if reason else "")
-    if find_sweep(folder.parent, plan.name).complete:
+    if find_sweep(folder.parent, folder.name).complete:
         say(f"{how}; {plan.name} is complete, its report is in {folder / REPORT_FOLDER}")
     else:
         say(f"{how}; go on with:  {line}")
@@ -341,7 +341,7 @@ def _tune(
         storage.wait_until_it_answers()
         tune.run(
             preemptible(tune.with_parameters(train_trial, plan=trial_plan)),
-            name=plan.name,
+            name=Path(plan.folder).name,
             storage_path=plan.bucket or str(Path(plan.folder).parent),
             num_samples=-1,  # the searcher knows when there are enough
             search_alg=searcher,

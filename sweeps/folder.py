@@ -164,7 +164,8 @@ def last_name(storage: Path, study: str) -> str:
 
 def _numbered(storage: Path, study: str) -> dict[int, str]:
     found = storage.glob(f"{study}-*") if storage.is_dir() else []
-    return {int(tail): path.name for path in found if (tail := path.name.removeprefix(f"{study}-")).isdigit()}
+    numbers = {path.name: re.fullmatch(r"[0-9]+", path.name.removeprefix(f"{study}-")) for path in found}
+    return {int(number[0]): name for name, number in numbers.items() if number}
 
 
 def _read(path: Path) -> SweepFolder | None:

@@ -91,4 +91,4 @@ def _nvml() -> Any:
 
 def _handle(nvml: Any, name: str) -> Any:
     """A GPU by its number or its UUID."""
-    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
+    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)

@@ -6,11 +6,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qafe import dotted
+from qafe.config import PRETRAINED
 from qafe.errors import ConfigError
 from tracking.privacy import without_paths
 
@@ -29,9 +31,10 @@ class Plan:
 
     Attributes:
         id: unique, whatever other sweeps are called.
-        folder: the sweep's folder: Ray's experiment state, trials, study, spool and report.
+        folder: the sweep's folder, where it lies now: Ray's experiment state, trials, study, spool and report.
         pinned: settings of the study that are not searched, because ``--set`` or the data fixes them.
-        data_root: the prepared dataset.
+        data_root: the prepared dataset, where it was last found; ``data_digest`` says which one it is.
+        weights_sha256: of the files that encoders start from, by the name of their setting.
         tracking_uri: the MLflow store, absolute.
         trials: how many are planned, all extensions included.
         grace_epochs: epochs that every trial gets before it may be stopped early.
@@ -71,6 +74,7 @@ class Plan:
     budget_hours: float | None = None
     baseline_bytes: int = 0
     identifiable: bool = False
+    weights_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def device_share(self) -> float:
@@ -109,7 +113,7 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
-        """The plan that `save` wrote.
+        """The plan that `save` wrote, of a sweep that lies here now, wherever it was made.
 
         Raises:
             ConfigError: there is none, or it is damaged.
@@ -117,12 +121,48 @@ class Plan:
         try:
             tree = json.loads((folder / PLAN_FILE).read_text())
             lists = ("expressions", "pinned", "objectives", "warm_start")
-            return cls(**tree | {name: tuple(tree[name]) for name in lists if name in tree})
+            plan = cls(**tree | {name: tuple(tree[name]) for name in lists if name in tree})
+            return _moved(plan, folder.resolve())
         except (OSError, ValueError, TypeError, KeyError) as err:
             raise ConfigError(
                 f"only a sweep that was started can be resumed, there is no plan in {folder} ({type(err).__name__}). "
                 "Name it with --name and --storage, or start it without --resume."
             ) from err
+
+
+def _moved(plan: Plan, folder: Path) -> Plan:
+    """The plan of a sweep whose folder lies there now, with all that has moved along with it."""
+    before = Path(plan.folder)
+    if folder == before:
+        return plan
+
+    def found(place: str) -> str:
+        """Where something lies that is no longer where it was, but there from the two folders' common end."""
+        old = Path(place)
+        if not place or old.exists():
+            return place
+        for was, now in zip((before, *before.parents), (folder, *folder.parents), strict=False):
+            if old.is_relative_to(was) and (now / old.relative_to(was)).exists():
+                return str(now / old.relative_to(was))
+            if was.name != now.name and was != before:
+                break
+        return place
+
+    def found_file(url: str) -> str:
+        file = re.fullmatch(r"(sqlite(?:\+\w+)?:///)(/[^?]+)(.*)", url)
+        return f"{file[1]}{found(file[2])}{file[3]}" if file else url
+
+    config = dotted.from_json(plan.config_json)
+    flat = dotted.flatten(config)
+    return dataclasses.replace(
+        plan,
+        folder=str(folder),
+        data_root=found(plan.data_root),
+        config_json=dotted.to_json(dotted.override(config, {name: found(flat[name]) for name in PRETRAINED})),
+        tracking_uri=found_file(plan.tracking_uri),
+        study_storage=found_file(plan.study_storage),
+        warm_start=tuple(map(found, plan.warm_start)),
+    )
 
 
 def sweep_params(plan: Plan) -> dict[str, Any]:

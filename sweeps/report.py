@@ -19,6 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from qafe import dotted, metrics
+from qafe.config import PRETRAINED
 from qafe.data.cohort import Cohort, load_cohort
 from qafe.data.dataset import ClipDataset
 from qafe.errors import CheckpointError, QafeError
@@ -27,7 +28,6 @@ from qafe.model import weights
 from qafe.predict import predict
 from qafe.selection import LuckBand, luck_band
 from qafe.train import BEST_FILE
-from tracking.privacy import PATH_SETTINGS
 
 from . import checkpoints
 from .noise import NOISE_SETTINGS, SPLIT, Noise, noise
@@ -116,7 +116,7 @@ def summarise(study: optuna.Study, folder: Path, runs: Mapping[int, str]) -> lis
 
 def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without this machine's folders: weights may lie in a patient's."""
-    return {name: Path(value).name if name in PATH_SETTINGS and value else value for name, value in settings.items()}
+    return {name: Path(value).name if name in PRETRAINED and value else value for name, value in settings.items()}
 
 
 def state_of(trial: FrozenTrial) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -227,6 +228,12 @@ def next_number(study: optuna.Study) -> int:
     """The number of the trial that ``study.ask`` gives next."""
     trials = study.get_trials(deepcopy=False)
     return next((trial.number for trial in trials if trial.state == TrialState.WAITING), len(trials))
+
+
+def whole_url(url: str) -> str:
+    """A database's URL that means the same in every folder."""
+    file = re.fullmatch(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:|file:)([^?]+)(.*)", url)
+    return f"{file[1]}{Path(file[2]).resolve()}{file[3]}" if file else url
 
 
 def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qafe.config import Config
+from qafe.config import PRETRAINED, Config
 from qafe.dotted import flatten, override
-
-PATH_SETTINGS = ("model.rgb.weights", "model.heatmap.weights")
 
 
 def without_paths(config: Config) -> Config:
     """The config with its pretrained weights named by their file's name alone: what leaves for the tracking store."""
     settings = flatten(config)
-    return override(config, {name: Path(settings[name]).name for name in PATH_SETTINGS})
+    return override(config, {name: Path(settings[name]).name for name in PRETRAINED})
 
 
 def without_messages(trace: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from ..errors import FaceError
 from ..markup import ALL_COUNT, GROUPS
+from ..natural_order import natural_order
 from ..store import write_file
 from .page import Row, draw_page, percent, real
 
@@ -88,7 +88,7 @@ def write_report(folder: Path, report: Report, pictures: Mapping[str, bytes] | N
     """
     content = _content(report)
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    shown = None if pictures is None else {name: pictures[name] for name in sorted(pictures, key=_natural)}
+    shown = None if pictures is None else {name: pictures[name] for name in sorted(pictures, key=natural_order)}
     marks = {group.replace("_", " "): colour for group, colour in COLOURS.items()}
     page = draw_page(content, shown, marks | {"frame: landmarks guessed": MISSED_COLOUR})
     # File names need not be UTF-8: what is not becomes \udcXX, which JSON reads back as it was.
@@ -129,7 +129,7 @@ def findings(report: Report) -> list[Finding]:
     weights: dict[tuple[str, str], float] = {}
     for finding in found:
         weights[finding[:2]] = weights.get(finding[:2], 0.0) + finding.weight
-    found.sort(key=lambda f: (-weights[f[:2]], _natural(f.patient), _natural(f.video), -f.weight, f.reason))
+    found.sort(key=lambda f: (-weights[f[:2]], natural_order(f.patient), natural_order(f.video), -f.weight, f.reason))
     return found
 
 
@@ -254,7 +254,7 @@ def _tile(crop: npt.NDArray[np.uint8], points: npt.NDArray[np.floating], side_px
 
 def _content(report: Report) -> dict[str, Any]:
     def place(row: Row) -> tuple[Any, ...]:
-        return _natural(_name(row, "patient")), _natural(_name(row, "video"))
+        return natural_order(_name(row, "patient")), natural_order(_name(row, "video"))
 
     plain: dict[str, Any] = _plain(
         {
@@ -292,7 +292,3 @@ def _plain(value: Any, *, prose: bool = False) -> Any:
 
 def _name(row: Row, key: str) -> str:
     return "-" if row.get(key) is None else str(row[key])
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

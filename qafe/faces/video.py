@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, MediaError
+from ..natural_order import natural_order
 from ..store import Frames
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".m4v", ".webm", ".mpg", ".mpeg", ".wmv", ".mts", ".m2ts")
@@ -417,9 +417,7 @@ def _list_images(folder: Path) -> list[Path]:
             f"a folder of frames must hold images ({', '.join(IMAGE_SUFFIXES)}), found none in {folder}. "
             "Give a video file or the folder that the frames lie in."
         )
-    return sorted(
-        found, key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-    )
+    return sorted(found, key=lambda path: natural_order(path.name))
 
 
 def _index_folder(images: list[Path]) -> _Index:

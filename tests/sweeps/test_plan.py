@@ -38,7 +38,7 @@ def test_a_resumed_sweep_keeps_its_cache(
     flags = ["--data-root", str(sample_root), "--preset", "tiny", "--tracking-uri", embedded(tmp_path), *QUICK_FLAGS]
     assert main([*line, *flags]) == 0
     assert main([*line, "--resume", "--no-cache"]) == 2
-    assert "--no-cache with --resume" in capsys.readouterr().err
+    assert "as it was planned: fusion_search-1 without --no-cache" in capsys.readouterr().err
 
 
 def test_an_extension_that_is_refused_is_none(

@@ -202,7 +202,7 @@ def test_ctrl_c_closes_the_runs_and_resume_finishes_them(interrupted: Sweep) -> 
 
     refused = sweep.start("--resume", "--trials", "9")
     assert refused.wait(timeout=100) == 2
-    assert "a resumed sweep keeps its plan, got --trials" in sweep.text
+    assert "a sweep goes on as it was planned: s-1 with --trials 3, not 9" in sweep.text
     sweep.run("--resume", "--json", str(sweep.folder / "summary.json"))
     summary, after = sweep.summary, sweep.runs()
     assert [row["trial"] for row in sorted(summary["trials"], key=lambda row: row["trial"])] == [0, 1, 2]
