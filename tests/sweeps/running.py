@@ -53,6 +53,12 @@ class Sweep:
         assert process.wait(timeout=400) == 0, self.text
         return self.text
 
+    def move_to(self, storage: Path) -> None:
+        """The storage is found elsewhere from now on."""
+        self.storage.rename(storage)
+        self.line[self.line.index(str(self.storage))] = str(storage)
+        self.storage = storage
+
     def steer(self, command: str, *flags: str) -> None:
         """``python -m sweeps.pause`` and the like."""
         line = [sys.executable, "-m", f"sweeps.{command}", "s-1", "--storage", str(self.storage), *flags]

@@ -195,6 +195,37 @@ def test_a_driver_that_is_killed_seven_times_finds_what_one_finds_that_is_not(
     assert found[0] == found[1]
 
 
+def test_storage_and_data_move_between_a_kill_and_a_resume(sample_root: Path, tmp_path: Path) -> None:
+    cores = str(psutil.cpu_count())
+    flags = ["--trials", "3", "--cpus-per-trial", cores, "--set", "train.epochs=6", "--scheduler", "none"]
+    found = []
+    for name in ("undisturbed", "moved"):
+        (tmp_path / name).mkdir()
+        shutil.copytree(sample_root, tmp_path / name / "data")
+        (tmp_path / name / "a").mkdir()
+        sweep = Sweep(tmp_path / name, tmp_path / name / "data", *flags, storage=tmp_path / name / "a")
+        try:
+            process = sweep.start()
+            if name == "moved":
+                sweep.wait_for_epoch(3)
+                kill_all(process)
+                sweep.move_to(tmp_path / name / "b")
+                (tmp_path / name / "data").rename(tmp_path / name / "elsewhere")
+                process = sweep.start("--resume", "--data-root", str(tmp_path / name / "elsewhere"))
+            finish(process, sweep)
+            if name == "moved":
+                sweep.move_to(tmp_path / name / "c")
+            sweep.run("--extend", "1")
+            trials = own_trials(open_study(Plan.load(sweep.storage / "s-1")))
+            found.append([(trial.number, trial.params, trial.intermediate_values, trial.values) for trial in trials])
+            assert {run.info.status for run in sweep.runs().values()} == {"FINISHED"}
+            assert len(sweep.runs()) == 5
+        finally:
+            end(sweep)
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
+
+
 def test_the_driver_dies_between_a_trials_last_epoch_and_its_end(sweep: Sweep) -> None:
     sweep.run()
     folder = sweep.storage / "s-1"
