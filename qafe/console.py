@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .errors import ConfigError, QafeError
+from .machine_errors import machine_errors_told
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -86,7 +87,8 @@ def run(
     if not (speaks() or options.debug):
         logging.disable(logging.WARNING)
     try:
-        return command(options)
+        with machine_errors_told():
+            return command(options)
     except QafeError as err:
         if options.debug:
             raise

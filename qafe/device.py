@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import resource
 
 import torch
@@ -67,8 +69,27 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|failed to allocate|"
+    r"cuda_?error_?(memory_?allocation|out_?of_?memory)|CUBLAS_STATUS_ALLOC_FAILED|CUSOLVER_STATUS_ALLOC_FAILED|"
+    r"CUFFT_ALLOC_FAILED|CUSPARSE_STATUS_(ALLOC_FAILED|INSUFFICIENT_RESOURCES)|CUDNN_STATUS_ALLOC_FAILED|"
+    r"CUDNN_STATUS_INTERNAL_ERROR_(HOST|DEVICE)_ALLOCATION_FAILED|"
+    r"CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate|unable to find an engine to execute this computation",
+    re.IGNORECASE,
+)
+"""How CUDA, cuBLAS, cuDNN, NCCL and torch itself say it. cuBLAS does not initialise where its own memory is not to be
+had, and cuDNN finds no engine where none gets its scratch space: torch says so after it has tried them all."""
+
+
 def out_of_memory(err: BaseException) -> bool:
     """Whether an error says that the GPU's or the machine's memory is spent."""
     if isinstance(err, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(err, RuntimeError) and "can't allocate memory" in str(err)
+    if isinstance(err, OSError):
+        return err.errno == errno.ENOMEM
+    return isinstance(err, RuntimeError) and OUT_OF_MEMORY.search(str(err)) is not None
+
+
+def lost_device(err: BaseException) -> bool:
+    """Whether this process can use its GPU no more: an error that CUDA gives again for whatever comes after it."""
+    return "CUDA error" in str(err) and "out of memory" not in str(err)

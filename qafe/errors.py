@@ -5,6 +5,7 @@ QafeError
 ├── MediaError        a frame, clip or video cannot be read
 ├── FaceError         no face, or not the right one, was found
 ├── ManifestError     a prepared dataset is not what its CSV files say
+├── MachineError      the machine is in the way: open files, memory, a disk, a mount; see `machine_errors`
 ├── CheckpointError   weights do not fit the model, or the file is damaged
 │   └── PrecisionError   a run would resume in another precision than it was started in
 └── TrackingError     the MLflow server, run or registry cannot do what was asked
@@ -32,6 +33,10 @@ class FaceError(QafeError):
 
 class ManifestError(QafeError):
     """A prepared dataset is missing, or is not what its CSV files say."""
+
+
+class MachineError(QafeError):
+    """The machine is in the way, and neither a setting nor the data: open files, memory, a disk, a mount."""
 
 
 class CheckpointError(QafeError):

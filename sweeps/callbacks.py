@@ -22,7 +22,7 @@ from tracking.privacy import without_messages, without_paths
 from tracking.pseudonyms import load_key, pseudonym
 from tracking.runs import SweepTracker, TrialState
 
-from .control import FULL, Control
+from .control import AWAY, FULL, Control
 from .plan import Plan
 from .progress import PACE, Pace, Progress, duration, progress_of
 from .provenance import trial_tags
@@ -136,6 +136,7 @@ class TrackTrials(Callback):
         """A trial lost its worker; that it was asked to leave is no failure."""
         number, epoch = trial.config["number"], epochs_of(trial)
         self.control.withdraw(f"{FULL}-{number}")
+        self.control.withdraw(f"{AWAY}-{number}")
         left = self.storage.left(number, after=epoch)
         if left and left != self._left.get(number):  # each counts once
             self._left[number] = left
@@ -231,11 +232,13 @@ class KeepCheckpoints(Callback):
 
 
 class WaitForRoom(Callback):
-    """Waits while the disk is full, before the study or the spool is written to; says so once, and when it is over."""
+    """Waits while the disk is full, before the study or the spool is written to; says so once, and when it is over.
+    Says the same of data that trials wait for."""
 
     def __init__(self, control: Control) -> None:
         self.control = control
         self._said = False
+        self._data = ""
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Between two events of the sweep."""
@@ -244,6 +247,9 @@ class WaitForRoom(Callback):
             self._tell(True)
             time.sleep(ROOM_POLL_S)
         self._tell(self.control.waiting_for_room)
+        if (why := self.control.waiting_for_data) != self._data:
+            self._data = why
+            say(f"trials wait for their data, nothing is lost: {why}." if why else "the data can be read again.")
 
     def _tell(self, full: bool) -> None:
         if full != self._said:

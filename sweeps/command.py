@@ -7,12 +7,14 @@ import dataclasses
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from qafe import console, dotted
 from qafe.config import PRESETS
-from qafe.errors import ConfigError
+from qafe.errors import ConfigError, QafeError
+from qafe.machine_errors import machine_cause, raise_open_files, trouble_of
 
 from . import estimate
 from .bucket import Bucket
@@ -26,6 +28,7 @@ from .studies import STUDIES, find_study, planned_sweep
 from .study import DIRECTIONS, PRUNERS, SAMPLERS
 from .sweep import Sweep
 
+FEW_OPEN_FILES = 1024
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -128,6 +131,12 @@ def _main(options: argparse.Namespace) -> int:
         raise ConfigError(f"a sweep needs a study: {', '.join(STUDIES)}. Write python -m sweeps.run fusion_search.")
     if options.notify is not None:
         check_url(options.notify)
+    if (files := raise_open_files()) < FEW_OPEN_FILES:
+        print(
+            f"a process may open {files} files here (ulimit -Hn): a sweep with many workers or data.workers will need "
+            "more. Raise it to 65536 before it fails.",
+            file=sys.stderr,
+        )
     in_bucket = bool(options.storage and is_url(options.storage))
     storage = (STORAGE.expanduser() if in_bucket or not options.storage else Path(options.storage)).resolve()
     for name, folder in (("--storage", storage), ("--json", options.json and options.json.resolve().parent)):
@@ -181,6 +190,10 @@ def _main(options: argparse.Namespace) -> int:
             if claimed:
                 Bucket(plan.bucket, plan.name).release()
         raise
+    except Exception as err:  # the machine's, and not the sweep's
+        if (trouble := trouble_of(err)) is None or isinstance(err, QafeError):
+            raise
+        return end_early(plan, options.address, f"{trouble.words} ({machine_cause(err)})")
 
 
 def _gone_on_with(plan: Plan, sweep: Sweep, options: argparse.Namespace) -> Plan:

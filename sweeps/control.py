@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 
@@ -17,6 +18,8 @@ STOP = "stop"
 PAUSE = "pause"
 FULL = "full"
 """``full-<trial>``: what a trial says that waits for room on the disk."""
+AWAY = "away"
+"""``away-<n>``: what a trial says whose data cannot be read just now; the file holds the reason."""
 POLL_S = 1.0
 
 
@@ -54,10 +57,10 @@ class Control:
         self._read = -POLL_S
         self._wishes: frozenset[str] = frozenset()
 
-    def wish(self, name: str) -> None:
+    def wish(self, name: str, why: str = "") -> None:
         """Asks for something: ``stop``, ``pause`` or ``stop-<trial>``."""
         self.folder.mkdir(exist_ok=True)
-        (self.folder / name).touch()
+        (self.folder / name).write_text(why)
 
     def withdraw(self, name: str) -> None:
         """Takes a wish back; it may not be there."""
@@ -83,6 +86,15 @@ class Control:
     def waiting_for_room(self) -> bool:
         """Whether a trial cannot write its checkpoint."""
         return any(wish.startswith(FULL + "-") for wish in self._now())
+
+    @property
+    def waiting_for_data(self) -> str:
+        """Why trials cannot read their data just now; empty if they can."""
+        for wish in sorted(self._now()):
+            if wish.startswith(AWAY + "-"):
+                with contextlib.suppress(OSError):
+                    return (self.folder / wish).read_text()
+        return ""
 
     def trial_stopped(self, number: int) -> bool:
         """Whether this trial should end."""

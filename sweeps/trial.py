@@ -6,11 +6,14 @@ diverged  the loss is not finite: the sweep counts the trial as pruned.
 memory    not even a batch of one clip fits, as was foreseen before the first step or found in it.
 refused   settings or weights that cannot work: this trial fails, others may not.
 data      a clip or table that cannot be read: it will happen to every trial, so the sweep stops.
+machine   the machine is in the way (open files, rights) and time will not help: this trial fails, others may not.
 error     anything else that is raised.
 lost      the worker or its node died more often than the driver is willing to start it again.
 
 A batch that will not fit is halved before the first step, and so is one that runs out of memory: half the batch and
-twice the accumulation, so that the setting under test stays what it is. On a full disk a trial waits for room.
+twice the accumulation, so that the setting under test stays what it is. Where time may help, a trial waits: for room
+on a full disk, for a network folder that is away (`qafe.machine_errors`). Input/output errors end its worker, and Ray
+begins it again, perhaps on another machine.
 """
 
 from __future__ import annotations
@@ -39,14 +42,15 @@ from qafe import dotted, metrics
 from qafe.config import Config
 from qafe.data.cohort import split_cohort
 from qafe.data.manifest import Manifest, read_manifest
-from qafe.device import out_of_memory
+from qafe.device import lost_device, out_of_memory
 from qafe.errors import ManifestError, MediaError, PrecisionError, QafeError
 from qafe.history import ExpressionHistory, History, read_history, write_history
+from qafe.machine_errors import GONE, Trouble, in_true_words, trouble_of
 from qafe.store import Store
 from qafe.train import EpochResult, Save, fit
 
 from .checkpoints import seal
-from .control import FULL, Control
+from .control import AWAY, FULL, Control
 from .monitor import monitor
 from .preemption import PREEMPTION
 from .results import DIVERGED, FAILED_AS, FINISHED, NO_SKILL, OBJECTIVE
@@ -58,13 +62,17 @@ from .sweep import trial_device
 CONFIG_FILE = "config.json"
 TRACEBACK = "traceback"
 DATA = "data"
+MACHINE = "machine"
 MEMORY = "memory"
+DONE = "done"
 REFUSED = "refused"
 ERROR = "error"
 RESERVE_BYTES = 64 * 2**20
 RESERVE_SHARE = 0.05
 """Room that trials leave for the sweep's own records: this much, or this share of a small disk."""
 ROOM_POLL_S = 1.0
+LONGEST_PAUSE_S = 30.0
+"""Between two tries of a trial whose data is away: begun with `ROOM_POLL_S`, and twice as long each time."""
 RUNNING_CHECKPOINTS = 2
 """Of a running trial: the last, and the one before it should the last be damaged."""
 EPOCH_RESAMPLES = 250
@@ -100,9 +108,12 @@ def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
     planned = dotted.override(dotted.from_json(plan.base_json), parameters["settings"])
     # The expressions train side by side: they share what one training would have. Numbers do not depend on it.
     config = dotted.override(planned, {"data.workers": planned.data.workers // len(plan.expressions)})
+    away = Away(plan, parameters["number"])
     try:
         config = _as_fits(config, plan)
-        while not _trained(parameters, plan, config):
+        while (why := _trained(parameters, plan, config, away)) != DONE:
+            if why == AWAY:
+                continue
             smaller = with_half_the_batch(config)
             if smaller is None:
                 raise MemoryError("a batch of one clip does not fit")
@@ -112,16 +123,18 @@ def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
                 torch.cuda.empty_cache()
     except FloatingPointError as err:
         _fail(DIVERGED, err)
-    except (MediaError, ManifestError) as err:
-        _fail(DATA, err)
-    except QafeError as err:
-        _fail(REFUSED, err)
     except MemoryError as err:
         _fail(MEMORY, err)
     except Exception as err:
-        if "CUDA error" in str(err):
-            raise  # this process has lost its GPU: Ray starts another
-        _fail(ERROR, err)
+        trouble = trouble_of(err)
+        if lost_device(err) or (trouble is not None and trouble.cure == "retry"):
+            raise  # this process has lost its GPU, or its machine a disk: Ray starts another
+        if told := in_true_words(err):
+            _fail(MACHINE, told)
+        elif isinstance(err, (MediaError, ManifestError)):
+            _fail(DATA, err)
+        else:
+            _fail(REFUSED if isinstance(err, QafeError) else ERROR, err)
 
 
 def _as_fits(config: Config, plan: TrialPlan) -> Config:
@@ -144,18 +157,62 @@ def _fail(kind: str, err: Exception) -> None:
     tune.report({"epoch": 0, OBJECTIVE: NO_SKILL, FAILED_AS: kind, REASON: reason, TRACEBACK: frames, FINISHED: False})
 
 
-def _trained(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> bool:
-    """Trains to the end, or returns False when memory ran out."""
+def _trained(parameters: dict[str, Any], plan: TrialPlan, config: Config, away: Away) -> str:
+    """Trains to the end, or says why it is to be tried again: memory ran out, or the data was away."""
     try:
-        _train(parameters, plan, config)
-    except (RuntimeError, MemoryError) as err:
-        if not out_of_memory(err):
+        _train(parameters, plan, config, away)
+    except Exception as err:
+        trouble = trouble_of(err)
+        if out_of_memory(err) or (trouble is not None and trouble.cure == "memory"):
+            return MEMORY
+        if not away.waited(err, trouble):
             raise
-        return False
-    return True
+        return AWAY
+    return DONE
 
 
-def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
+class Away:
+    """Waits while a trial's data is away, and says so to the driver.
+
+    Args:
+        plan: where the data and the sweep's folder lie.
+        number: the trial's.
+    """
+
+    def __init__(self, plan: TrialPlan, number: int) -> None:
+        self.data_root = Path(plan.data_root)
+        self.control = Control(Path(plan.folder))
+        self.name = f"{AWAY}-{number}"
+        self.pause_s = ROOM_POLL_S
+
+    def waited(self, err: Exception, trouble: Trouble | None) -> bool:
+        """Waits a while, if time may help: an error that time cures, or data that has been read before and is gone."""
+        if not isinstance(err, (MediaError, ManifestError, OSError)):
+            return False
+        if trouble is None and not self.data_root.is_dir():
+            trouble = GONE
+        if trouble is None or trouble.cure != "wait":
+            return False
+        with contextlib.suppress(OSError):
+            self.control.wish(self.name, trouble.words)
+        _dataset.cache_clear()
+        end = time.monotonic() + self.pause_s
+        while time.monotonic() < end:
+            if PREEMPTION.asked:
+                PREEMPTION.leave()
+            time.sleep(min(ROOM_POLL_S, self.pause_s))
+        self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)
+        return True
+
+    def over(self) -> None:
+        """It has been read again."""
+        if self.pause_s > ROOM_POLL_S:
+            self.pause_s = ROOM_POLL_S
+            with contextlib.suppress(OSError):
+                self.control.withdraw(self.name)
+
+
+def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config, away: Away) -> None:
     monitor()  # looks from now on
     cohort = split_cohort(*_dataset(plan.data_root), config.data)
     device = trial_device(plan.gpus)
@@ -220,6 +277,7 @@ def _train(parameters: dict[str, Any], plan: TrialPlan, config: Config) -> None:
                     results[expression] = next(run)
                     saves[expression] = results[expression].save
                 heed()
+                away.over()
                 for expression, result in results.items():
                     history[expression].add(result)
                 _keep(config, history, results, storage, number, heed)
@@ -282,8 +340,8 @@ def _keep(
                     )
                     break
         except OSError as err:
-            away = storage.waits(err)
-            if not away and (control is None or err.errno not in (errno.ENOSPC, errno.EDQUOT)):
+            away, trouble = storage.waits(err), trouble_of(err)
+            if not away and (control is None or trouble is None or trouble.cure != "wait"):
                 raise
         if control is not None and not away:
             with contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QafeError
+from ..machine_errors import in_true_words
 from .labels import Problem, Recording
 
 _log = logging.getLogger(__name__)
@@ -114,10 +115,11 @@ def each(
 
 
 def _problem(job: Any, err: Exception, folders: Sequence[Path]) -> Problem:
+    err = in_true_words(err) or err
     video, patient = (job.source, job.patient) if isinstance(job, Recording) else ("/".join(job), job[0])
     if isinstance(err, QafeError):
         reason = str(err)
-    elif isinstance(err, OSError):
+    elif isinstance(err, OSError):  # of no number that says what is wrong
         reason = f"it could not be read or written ({err.strerror or err}). Check the disks and start again."
     elif isinstance(err, BrokenExecutor):
         reason = (

@@ -523,7 +523,7 @@ class Failing(ThreadPoolExecutor):
     [
         (BrokenProcessPool("gone"), "its process died twice"),
         (BrokenExecutor("gone"), "its process died twice"),
-        (OSError(28, "No space left on device"), "could not be read or written (No space left on device)"),
+        (OSError(28, "No space left on device"), "the disk is full, got ENOSPC. Make room"),
         (ZeroDivisionError("three\nlines\nlong"), "an unexpected ZeroDivisionError"),
         (FaceError("models at {root}/models/x are gone. Mend it."), "models at models/x are gone."),
     ],

@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,12 +13,14 @@ import torch
 from qafe import dotted
 from qafe.config import Config
 from qafe.errors import CheckpointError, ConfigError, ManifestError
+from qafe.machine_errors import TROUBLES, Cure
 from qafe.train import BEST_FILE, STATE_FILE
 from sweeps import trial
 from sweeps.checkpoints import preempted, seal
+from sweeps.control import Control
 from sweeps.results import FAILED_AS
 from sweeps.study import REASON
-from sweeps.trial import DATA, ERROR, MEMORY, REFUSED, TrialPlan, train_trial
+from sweeps.trial import DATA, ERROR, MACHINE, MEMORY, REFUSED, Away, TrialPlan, train_trial
 
 
 @pytest.mark.parametrize(
@@ -37,28 +39,139 @@ def test_every_failure_has_a_class(quick: Config, monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise err
 
-    told: list[dict[str, Any]] = []
-    monkeypatch.setattr(trial, "_as_fits", lambda config, plan: config)
-    monkeypatch.setattr(trial, "_train", fail)
-    monkeypatch.setattr(trial.tune, "report", told.append)
-    plan = TrialPlan(
-        base_json=dotted.to_json(quick),
-        data_root="",
-        expressions=("smile",),
-        threads=1,
-        gpus=0,
-        folder="",
-        trials=1,
-        cpus=1,
-        baseline_bytes=0,
-    )
-    settings = {"train.loss": "mse", "train.batch_size": 4}
-    train_trial({"settings": settings}, plan)
-    (report,) = told
+    (report,) = told_of(quick, monkeypatch, fail)
     assert report[FAILED_AS] == kind
     assert "\n" not in report[REASON]
     if kind != MEMORY:  # Which halves the batch until there is one clip.
         assert report[REASON] == f"{type(err).__name__}: {err}"
+
+
+def told_of(quick: Config, monkeypatch: pytest.MonkeyPatch, train: Any, folder: str = "") -> list[dict[str, Any]]:
+    """What a trial reports whose training is this."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(trial, "_as_fits", lambda config, plan: config)
+    monkeypatch.setattr(trial, "_train", train)
+    monkeypatch.setattr(trial.tune, "report", told.append)
+    plan = TrialPlan(
+        base_json=dotted.to_json(quick), data_root=folder, expressions=("smile",), threads=1, gpus=0, folder=folder,
+        trials=1, cpus=1, baseline_bytes=0,
+    )  # fmt: skip
+    train_trial({"settings": {"train.loss": "mse", "train.batch_size": 4}, "number": 0}, plan)
+    return told
+
+
+def blamed(number: int) -> ManifestError:
+    """An error of the machine as the readers of data raise it."""
+    found = ManifestError("landmarks must be a .npy array. Run prepare --landmarks-only again.")
+    found.__cause__ = OSError(number, os.strerror(number), "a.npy")
+    return found
+
+
+CURES = {cure: [number for number in TROUBLES if TROUBLES[number].cure == cure] for cure in get_args(Cure)}
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["blamed", "raw"])
+@pytest.mark.parametrize("number", CURES["wait"], ids=errno.errorcode.get)
+def test_what_time_can_cure_is_waited_for(
+    number: int, raw: bool, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    tries: list[Path] = []
+
+    def wait(seconds: float) -> None:
+        assert TROUBLES[number].words == Control(tmp_path).waiting_for_data
+        waited.append(seconds)
+
+    def train(parameters: object, plan: object, config: object, away: Away) -> None:
+        tries.append(tmp_path)
+        if len(tries) <= 2:
+            raise OSError(number, os.strerror(number)) if raw else blamed(number)
+        away.over()
+
+    monkeypatch.setattr(trial, "ROOM_POLL_S", 0.01)
+    monkeypatch.setattr(trial.time, "sleep", wait)
+    assert told_of(quick, monkeypatch, train, str(tmp_path)) == []
+    assert len(tries) == 3
+    assert waited
+    assert Control(tmp_path).waiting_for_data == ""
+
+
+def test_data_that_was_there_is_waited_for(quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "control").mkdir()
+    plan_root = tmp_path / "mount"
+    tries: list[int] = []
+
+    def train(parameters: object, plan: object, config: object, away: Away) -> None:
+        away.data_root, tries[:] = plan_root, [*tries, 1]
+        if not plan_root.is_dir():
+            raise ManifestError("there is no dataset")
+        raise ManifestError("a row is not what it was")
+
+    monkeypatch.setattr(trial, "ROOM_POLL_S", 0.01)
+    monkeypatch.setattr(trial.time, "sleep", lambda _: plan_root.mkdir(exist_ok=True))
+    (report,) = told_of(quick, monkeypatch, train, str(tmp_path))
+    assert len(tries) == 2
+    assert report[FAILED_AS] == DATA
+
+
+@pytest.mark.parametrize("number", CURES["none"], ids=errno.errorcode.get)
+def test_the_machine_is_blamed_for_its_own(number: int, quick: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise blamed(number)
+
+    (report,) = told_of(quick, monkeypatch, fail)
+    assert report[FAILED_AS] == MACHINE
+    assert report[REASON].startswith("MachineError: ")
+    assert TROUBLES[number].words in report[REASON]
+    assert "prepare" not in report[REASON]
+
+
+@pytest.mark.parametrize("number", CURES["retry"], ids=errno.errorcode.get)
+def test_another_worker_tries_what_this_one_cannot_read(
+    number: int, quick: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise blamed(number)
+
+    with pytest.raises(ManifestError):
+        told_of(quick, monkeypatch, fail)
+
+
+@pytest.mark.parametrize(
+    "err",
+    [
+        blamed(errno.ENOMEM),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'"),
+        RuntimeError("NCCL error: unhandled system error. Call to mmap failed: Cannot allocate memory"),
+        MemoryError(),
+    ],
+    ids=str,
+)
+def test_memory_that_is_spent_halves_the_batch(quick: Config, monkeypatch: pytest.MonkeyPatch, err: Exception) -> None:
+    sizes: list[int] = []
+
+    def train(parameters: object, plan: object, config: Config, away: object) -> None:
+        sizes.append(config.train.batch_size)
+        if len(sizes) == 1:
+            raise err
+
+    assert told_of(quick, monkeypatch, train) == []
+    assert sizes == [4, 2]
+
+
+@pytest.mark.parametrize("words", ["CUDA error: an illegal memory access was encountered", "CUDA error: unspecified"])
+def test_a_lost_gpu_is_another_workers(words: str, quick: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(words)
+
+    with pytest.raises(RuntimeError, match=words):
+        told_of(quick, monkeypatch, fail)
 
 
 def test_a_trial_begins_anew_on_another_kind_of_gpu(
