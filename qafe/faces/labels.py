@@ -63,7 +63,7 @@ def read_labels(
     """Reads the labels and finds their videos.
 
     Args:
-        path: CSV with the columns video, expression, score and, unless videos lie at ``<patient>/...``, patient;
+        path: CSV (see `qafe.tables.read_rows`) with the columns video, expression, score and, unless videos lie at ``<patient>/...``, patient;
             optionally ``fps`` (Hz) and the columns of the trim (seconds from the start of the recording).
         videos: the folder that holds the recordings.
         trim: names of the columns of the first and the last second.
@@ -72,7 +72,7 @@ def read_labels(
     """
     if not videos.is_dir():
         raise ManifestError(f"the videos must be in a folder, and there is none at {videos}. Name another.")
-    rows = read_rows(path, COLUMNS, "a row for each video")
+    rows = read_rows(path, COLUMNS, "a row for each video", ("score", "fps", *trim))
     for name in trim:
         if name not in ("start", "end") and name.lower() not in rows[0][1]:
             raise ManifestError(

@@ -229,6 +229,27 @@ def test_fps_and_trims_give_the_right_number_of_frames(cohort: Path) -> None:
     assert record["frames"] == 30
 
 
+@pytest.mark.parametrize(
+    ("encoding", "delimiter"),
+    [("utf-8", ";"), ("utf-8-sig", ";"), ("utf-8", "\t"), ("latin-1", ";"), ("cp1252", "\t"), ("utf-16", "\t")],
+)
+def test_what_a_spreadsheet_writes_gives_the_same_dataset(
+    cohort: Path, encoding: str, delimiter: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [f"P{patient}/visit.mp4,Lächeln,{patient / 4},0.1,0.55,29.5" for patient in range(1, 5)]
+    labels = write_labels(cohort, *rows, header="video,expression,score,from,until,fps")
+    flags = ["--trim", "from,until", "--test-patients", "P1"]
+    assert run(cohort, *flags, out="plain") == 0
+    assert not caplog.records
+    assert b"visit-0.1-0.55_P3,0.75,14," in (cohort / "plain" / "cohort_train.csv").read_bytes()
+    lines = labels.read_text(encoding="utf-8").replace(",", delimiter).replace(".", ",").replace(",mp4", ".mp4")
+    labels.write_bytes("\r\n".join(lines.splitlines()).encode(encoding))
+    assert run(cohort, *flags) == 0
+    assert tree(cohort / "out") == tree(cohort / "plain")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{labels}: read with {'tabs' if delimiter != ';' else 'semicolons'} between")
+
+
 def test_the_split_honours_what_is_asked(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cohort, "--test-patients", "P2, P4", out="chosen") == 0
     assert {sample.patient for sample in read_manifest(Store(cohort / "chosen")).test} == {"P2", "P4"}
