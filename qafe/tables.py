@@ -1,7 +1,7 @@
 """CSV files that people write: read as text, checked for their shape, every row with its line number.
 
-A spreadsheet writes what its country is used to: ``;`` or tabs between the cells, a decimal comma, Windows-1252. What is
-taken is said once; the plain form (commas, UTF-8) is taken in silence.
+A spreadsheet writes what its country is used to: ``;`` or tabs between the cells, a decimal comma, Windows-1252. What
+is taken is said once; the plain form (commas, UTF-8) is taken in silence.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def read_rows(
 ) -> list[tuple[int, dict[str, str]]]:
     """(line number, row) pairs of a CSV file; blank lines are passed over, cells and header names stripped.
 
-    The delimiter is the comma, semicolon or tab that finds most of the columns in the header. (``csv.Sniffer`` takes the
-    comma where rows hold both, as with ``;`` and decimal commas.) The text is UTF-8 or, with a byte order mark, UTF-16;
-    what is neither is taken for Windows-1252, which Latin-1 is a part of.
+    The delimiter is the comma, semicolon or tab that finds most of the columns in the header. (``csv.Sniffer`` takes
+    the comma where rows hold both, as with ``;`` and decimal commas.) The text is UTF-8 or, with a byte order mark,
+    UTF-16; what is neither is taken for Windows-1252, of which Latin-1 is a part.
 
     Args:
         path: the file.

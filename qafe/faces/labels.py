@@ -63,7 +63,7 @@ def read_labels(
     """Reads the labels and finds their videos.
 
     Args:
-        path: CSV (see `qafe.tables.read_rows`) with the columns video, expression, score and, unless videos lie at ``<patient>/...``, patient;
+        path: CSV with the columns video, expression, score and, unless videos lie at ``<patient>/...``, patient;
             optionally ``fps`` (Hz) and the columns of the trim (seconds from the start of the recording).
         videos: the folder that holds the recordings.
         trim: names of the columns of the first and the last second.
