@@ -291,7 +291,7 @@ def _cut_note(video: Video, track: Track) -> Iterator[str]:
         clip, short = ModelConfig().clip_frames, ""
         if len(video) < clip <= len(video) + sum(ends.values()):
             short = f" A published clip's {clip} frames repeat the {len(video)} that are left."
-        yield f"cut {' and '.join(parts)} that do not show the face; --keep-ends keeps them.{short}"
+        yield f"cut {' and '.join(parts)} that do not surely show the face; --keep-ends keeps them.{short}"
 
 
 def _plain(value: Any) -> Any:

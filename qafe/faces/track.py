@@ -40,6 +40,10 @@ from .subject import (
 _NEAR_OVERLAP = 0.3
 _NEAR_LIKENESS = 0.45
 
+LEAST_FRAMES = ModelConfig().segment_frames
+"""How many frames must be left where ends are cut: a segment of a clip. Clips repeat a video that is shorter than they
+are, see `qafe.data.clips`."""
+
 
 class Finder(Protocol):
     """What the tracker needs of the face models."""
@@ -113,10 +117,17 @@ def follow(video: Frames, finder: Finder, settings: TrackSettings) -> Track:
     Raises:
         FaceError: no face is there, it is missed for too long or too often, or too little is left between the ends.
     """
-    survey = {index: Seen.of(frame, finder.find(frame)) for index, frame in video.frames(settings.every_frames)}
+    survey = _survey(video, finder, settings.every_frames)
+    if settings.every_frames > LEAST_FRAMES and not any(seen.looks for seen in survey.values()):
+        # Between ends without the face, what may be left is shorter than the steps of the survey.
+        survey = _survey(video, finder, LEAST_FRAMES)
     subject = choose_subject(survey)
     track = _Following(finder, survey, subject).through(video)
     return fill(track if settings.keep_ends else cut(track, settings), settings, subject.notes)
+
+
+def _survey(video: Frames, finder: Finder, every: int) -> dict[int, Seen]:
+    return {index: Seen.of(frame, finder.find(frame)) for index, frame in video.frames(every)}
 
 
 # ---------------------------------------------------------------- frame by frame
@@ -236,23 +247,23 @@ class _Following:
 def cut(track: Track, settings: TrackSettings) -> Track:
     """Leaves out the frames before the face is first seen and after it is last seen.
 
-    At least a segment of a clip must be left (shorter videos than a clip are repeated, see `qafe.data.clips`). Ends
-    that may be filled in stay where it is not: a video that is short as it is loses nothing.
+    Where fewer than `LEAST_FRAMES` would be left, ends that can be filled in stay: a video that is short as it is loses
+    nothing.
 
     Raises:
-        FaceError: less is left, and an end is too long to be filled in.
+        FaceError: fewer would be left, and an end is too long to be filled in.
     """
     count, found = len(track.found), np.flatnonzero(track.found)
     if not found.size:
         return track
     first, last = int(found[0]), int(found[-1])
-    least, left = ModelConfig().segment_frames, last + 1 - first
-    if left < least:
+    left = last + 1 - first
+    if left < LEAST_FRAMES:
         if max(first, count - 1 - last) <= settings.gap_frames:
             return track
         raise FaceError(
-            f"from the first to the last frame with the face there must be at least {least} frames, got {left} (frames "
-            f"{first}-{last} of {count}). Look at the recording; --keep-ends cuts nothing."
+            f"from the first to the last frame with the face there must be at least {LEAST_FRAMES} frames, got {left} "
+            f"(frames {first}-{last} of {count}). Look at the recording; --keep-ends cuts nothing."
         )
     part = slice(first, last + 1)
     return replace(

@@ -300,9 +300,18 @@ def test_no_face() -> None:
     with pytest.raises(FaceError) as caught:
         follow(stage.scene, stage, TrackSettings(every_frames=25))
     assert str(caught.value) == (
-        "a video must show a face, found none in 4 frames spread over it. "
+        "a video must show a face, found none in 5 frames spread over it. "
         "Check that the face is upright, in view and at least 20 px wide."
     )
+
+
+@pytest.mark.parametrize("first", range(26, 34))
+def test_a_face_between_the_looks_of_the_survey_is_found(first: int) -> None:
+    person = Person(lambda index: swaying(index) if first <= index < first + 16 else None, lambda _: texture(1))
+    stage = Stage(75, person)
+    track = follow(stage.scene, stage, TrackSettings())
+    assert (track.cut_start_frames, len(track.found), track.cut_end_frames) == (first, 16, 59 - first)
+    assert off_px(track, person).max() == 0
 
 
 def test_choosing_alone() -> None:
