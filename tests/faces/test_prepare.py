@@ -302,6 +302,9 @@ def test_a_recording_starts_before_the_patient_sits(
     before, stamps = tree(out), times(out)
     assert run(cohort, *flags, "--resume") == 0
     assert (tree(out), times(out)) == (before, stamps)
+    (out / "quality" / "P1" / "ends.json").unlink()
+    assert run(cohort, *flags, "--resume") == 0
+    assert tree(out) == before
 
 
 def test_ends_are_cut_within_start_and_end_and_at_the_rate_asked_for(cohort: Path) -> None:
@@ -537,6 +540,16 @@ def test_resume_with_other_settings_is_refused(
     assert run(cohort, "--resume", *flags, *root) == 2
     assert words in error(capsys.readouterr().err)
     assert tree(cohort / "out") == before
+
+
+def test_a_folder_of_an_older_version_is_not_gone_on_with(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cohort) == 0
+    kept = cohort / "out" / "prepare.json"
+    settings = json.loads(kept.read_text())
+    del settings["track"]["keep_ends"]
+    kept.write_text(json.dumps(settings | {"version": settings["version"] - 1}))
+    assert run(cohort, "--resume") == 2
+    assert "needs the version of prepare that" in error(capsys.readouterr().err)
 
 
 def test_an_output_in_use_is_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
