@@ -73,6 +73,9 @@ def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     sub.add_argument(
         "--min-detected", type=float, default=usual.min_detected, help="least share of frames with the face %(default)s"
     )
+    sub.add_argument(
+        "--keep-ends", action="store_true", help="cut no frames before the face is first seen and after it is last seen"
+    )
     who = sub.add_mutually_exclusive_group()
     who.add_argument("--test-patients", help="who is tested on, with commas between them")
     who.add_argument("--test-fraction", type=float, default=0.25, help="share of patients to draw (%(default)s)")
@@ -99,7 +102,10 @@ def _prepare(options: argparse.Namespace) -> int:
         fps=options.fps,
         smooth=options.smooth,
         track=TrackSettings(
-            every_frames=options.detect_every, gap_frames=options.max_gap, min_detected=options.min_detected
+            every_frames=options.detect_every,
+            gap_frames=options.max_gap,
+            min_detected=options.min_detected,
+            keep_ends=options.keep_ends,
         ),
         memory_mb=options.memory_mb,
     )

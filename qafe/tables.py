@@ -1,62 +1,97 @@
-"""CSV files that people write: read as text, checked for their shape, every row with its line number."""
+"""CSV files that people write: read as text, checked for their shape, every row with its line number.
+
+A spreadsheet writes what its country is used to: ``;`` or tabs between the cells, a decimal comma, Windows-1252. What
+is taken is said once; the plain form (commas, UTF-8) is taken in silence.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
+import functools
 import io
+import itertools
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .errors import ManifestError
 
+_log = logging.getLogger(__name__)
+
 _NAME_BYTES = 200
 """File systems take names of 255, and a model's has a suffix."""
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_DECLARATION = re.compile(r'"?sep=[^\r\n]?"?[,;\t]*(?:\r\n|\n|\r)', re.IGNORECASE)
+"""A first line that tells Excel the delimiter; the header says the same."""
+_LINE_END = re.compile(r"\r\n|\n|\r")
+_DECIMAL_COMMA = re.compile(r"([+-]?\d*),(\d+(?:[eE][+-]?\d+)?)")
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def read_rows(path: Path, columns: Sequence[str], a_row: str) -> list[tuple[int, dict[str, str]]]:
+def read_rows(
+    path: Path, columns: Sequence[str], a_row: str, numbers: Sequence[str] = ()
+) -> list[tuple[int, dict[str, str]]]:
     """(line number, row) pairs of a CSV file; blank lines are passed over, cells and header names stripped.
 
+    The delimiter is the comma, semicolon or tab that finds most of the columns in the header. (``csv.Sniffer`` takes
+    the comma where rows hold both, as with ``;`` and decimal commas.) The text is UTF-8 or, with a byte order mark,
+    UTF-16; what is neither is taken for Windows-1252, of which Latin-1 is a part.
+
     Args:
-        path: UTF-8, with or without a byte order mark.
+        path: the file.
         columns: that the header must name, in any order and case, among others.
         a_row: what stands on a row, for messages ("a row for each video").
+        numbers: columns in which 2,5 becomes 2.5, unless the comma is the delimiter.
     Raises:
         ManifestError: the file cannot be read, lacks a column or has a row of another length than its header.
     """
     name = path.name
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as err:
-        raise ManifestError(f"{name} must be UTF-8 text, and is not ({err}). Save it as UTF-8.") from err
-    except OSError as err:
-        raise ManifestError(f"{name} cannot be read ({err}). Check the file's path and permissions.") from err
-    reader = csv.reader(io.StringIO(text, newline=""))
-    header = [cell.strip().lower() for cell in next(_cells(reader, name), [])]
-    if not any(header):
+    text, encoding = _read_text(path)
+    # Emptied and not cut off: line numbers stay those of the file.
+    text = _DECLARATION.sub("\n", text, count=1) if _DECLARATION.match(text) else text
+    delimiter = max(_DELIMITERS, key=lambda one: _found(text, one, columns))
+    rest = _cells(text, delimiter, name)
+    line, header = next(rest, (0, []))
+    header = [cell.lower() for cell in header]
+    if not header:
         raise ManifestError(f"{name} must start with a header, and is empty. Write {','.join(columns)} and {a_row}.")
     missing = [column for column in columns if column not in header]
     if missing:
         raise ManifestError(
-            f"{name} line 1: the columns must be {', '.join(columns)}, missing {', '.join(missing)} "
-            f"in {','.join(header)!r}. Add them to the header."
+            f"{name} line {line}: the columns must be {', '.join(columns)}, missing {', '.join(missing)} "
+            f"in {delimiter.join(header)!r}. Add them to the header."
         )
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:
         raise ManifestError(
-            f"{name} line 1: a column must be there once, got {twice[0]!r} twice. Rename or delete one."
+            f"{name} line {line}: a column must be there once, got {twice[0]!r} twice. Rename or delete one."
         )
+    named = max(place for place, cell in enumerate(header, start=1) if cell)
+    commas = [] if delimiter == "," else [column.lower() for column in numbers]
+    decimal_commas = False
     rows = []
-    for cells in _cells(reader, name):
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(header):
+    for line, cells in rest:
+        # Spreadsheets leave out, or add, empty cells at the end of a row.
+        if len(cells) < named or any(cells[len(header) :]):
             raise ManifestError(
-                f"{name} line {reader.line_num}: a row must have {len(header)} values as the header has, "
+                f"{name} line {line}: a row must have {len(header)} values as the header has, "
                 f"got {len(cells)}. Correct the row."
             )
-        rows.append((reader.line_num, {key: cell.strip() for key, cell in zip(header, cells, strict=True)}))
+        row = dict(itertools.zip_longest(header, cells[: len(header)], fillvalue=""))
+        for column in commas:
+            if number := _DECIMAL_COMMA.fullmatch(row.get(column, "")):
+                row[column] = f"{number[1]}.{number[2]}"
+                decimal_commas = True
+        rows.append((line, row))
     if not rows:
         raise ManifestError(f"{name} must have at least one row, got none. Add {a_row}.")
+    taken = [] if delimiter == "," else [f"{_DELIMITERS[delimiter]} between the cells"]
+    taken += ["a decimal comma"] if decimal_commas else []
+    taken += [] if encoding == "UTF-8" else [f"the encoding {encoding}"]
+    if taken:
+        _say(f"{path}: read with {', '.join(taken)}")
     return rows
 
 
@@ -77,8 +112,71 @@ def is_expression_name(name: str) -> bool:
     )
 
 
-def _cells(reader: Iterator[list[str]], name: str) -> Iterator[list[str]]:
+def _read_text(path: Path) -> tuple[str, str]:
+    """What a file holds, and the name of its encoding."""
+    name = path.name
     try:
-        yield from reader
+        data = path.read_bytes()
+    except OSError as err:
+        raise ManifestError(f"{name} cannot be read ({err}). Check the file's path and permissions.") from err
+    if data.startswith(_UTF_16):
+        codec, encoding = "utf-16", "UTF-16"
+    elif _is_utf_8(data):
+        codec, encoding = "utf-8-sig", "UTF-8"
+    else:
+        codec, encoding = "cp1252", "Windows-1252"
+    try:
+        text = data.decode(codec)
+    except UnicodeDecodeError as err:
+        place = _place(err.object[: err.start].decode(codec))
+        raise ManifestError(
+            f"{name} {place}: a table must be text of one encoding, and is {encoding} but for the byte "
+            f"0x{err.object[err.start]:02X}. Correct that letter, or save the table as UTF-8."
+        ) from err
+    if "\0" in text:
+        raise ManifestError(
+            f"{name} {_place(text[: text.index(chr(0))])}: a table must be text, got a NUL. Save the table as UTF-8."
+        )
+    return text, encoding
+
+
+def _is_utf_8(data: bytes) -> bool:
+    """Whether a text is UTF-8, damaged or not: in no other encoding do letters beyond ASCII come out whole."""
+    try:
+        data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return not data.decode("utf-8", errors="ignore").isascii()
+    return True
+
+
+def _place(before: str) -> str:
+    """The line and the column that follow a text."""
+    lines = _LINE_END.split(before)
+    return f"line {len(lines)}, column {len(lines[-1]) + 1}"
+
+
+def _found(text: str, delimiter: str, columns: Sequence[str]) -> tuple[int, int]:
+    """How many of the columns csv finds in the header under a delimiter, and how many cells."""
+    try:
+        _, header = next(_cells(text, delimiter, ""), (0, []))
+    except ManifestError:
+        return 0, 0
+    return len(set(columns) & {cell.lower() for cell in header}), len(header)
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Once in a process, however often a table is read."""
+    _log.warning("%s", text)
+
+
+def _cells(text: str, delimiter: str, name: str) -> Iterator[tuple[int, list[str]]]:
+    """The last line and the stripped cells of each row that is not blank."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        for row in reader:
+            cells = [cell.strip() for cell in row]
+            if any(cells):
+                yield reader.line_num, cells
     except csv.Error as err:
         raise ManifestError(f"{name} is not a CSV file ({err}). Look for a quote that is not closed.") from err

@@ -1,5 +1,7 @@
 """qafe/tables.py: rows as text with their line numbers, and one line about a file that is no table."""
 
+import codecs
+import logging
 from pathlib import Path
 
 import pytest
@@ -39,12 +41,31 @@ def test_unnamed_columns_may_repeat(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ("", r"own\.csv must start with a header, and is empty\. Write id,label and a row for each video\."),
-        ("\n\nid,label\n", "must start with a header"),
+        ("\n,;\n", "line 2: .* missing id, label in ',;'"),
+        ("\n\n", "must start with a header"),
+        ("sep=;\n", "must start with a header"),
+        ("\n\nid,label\n", "must have at least one row, got none"),
         ("id,score\na,1\n", r"line 1: the columns must be id, label, missing label in 'id,score'"),
         ("id,label,ID\na,1,b\n", r"line 1: a column must be there once, got 'id' twice"),
         ("id,label\n", "must have at least one row, got none"),
         ("id,label\na,1\nb\n", r"line 3: a row must have 2 values as the header has, got 1"),
-        (b"id,label\n\xff\xfe,1\n", "must be UTF-8 text"),
+        ("id,label\na,1,2\n", r"line 2: a row must have 2 values as the header has, got 3"),
+        ("id;label;;\na;1;;;5\n", r"line 2: a row must have 4 values as the header has, got 5"),
+        ("id;score\na;1\n", r"line 1: the columns must be id, label, missing label in 'id;score'"),
+        ("Patient|id|label\n", r"missing id, label in 'patient\|id\|label'"),
+        ("\n\nid;label;ID\na;1;b\n", r"line 3: a column must be there once, got 'id' twice"),
+        ("sep=;\nid;label\n\na;1;2\n", r"line 4: a row must have 2 values"),
+        (
+            b"id,label\r\nM\xfcller,1\r\nx,2\x81\r\n",
+            r"own\.csv line 3, column 4: .* is Windows-1252 but for the byte 0x81\. Correct that letter",
+        ),
+        (
+            "id,label\nMüller,1\n".encode() + b"Na\xefve,2\n",
+            r"own\.csv line 3, column 3: .* is UTF-8 but for the byte 0xEF\.",
+        ),
+        (codecs.BOM_UTF8 + b"id,label\na\xff,1\n", r"own\.csv line 2, column 2: .* is UTF-8 but for the byte 0xFF\."),
+        ("id,label\nü,1".encode("utf-16") + b"\n", r"own\.csv line 2, column 4: .* is UTF-16 but for the byte 0x0A"),
+        ("id,label\na,1\n".encode("utf-16-le"), r"own\.csv line 1, column 2: a table must be text, got a NUL"),
         ('id,label\n"' + "x" * 140_000, "is not a CSV file"),
     ],
 )
@@ -52,6 +73,66 @@ def test_no_table(tmp_path: Path, data: str | bytes, message: str) -> None:
     with pytest.raises(ManifestError, match=message) as caught:
         read(tmp_path, data)
     assert "\n" not in str(caught.value)
+
+
+TABLE = "Video Ä;id;label;start\n;a;2,5;\nä, ö;b;-0,25;1,5e1\n\n;c;3;1.25\n"
+ROWS = [
+    (2, {"video ä": "", "id": "a", "label": "2.5", "start": ""}),
+    (3, {"video ä": "ä, ö", "id": "b", "label": "-0.25", "start": "1.5e1"}),
+    (5, {"video ä": "", "id": "c", "label": "3", "start": "1.25"}),
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1", "cp1252"])
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_what_spreadsheets_write(
+    tmp_path: Path, delimiter: str, encoding: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "own.csv"
+    path.write_bytes(TABLE.replace(";", delimiter).replace("\n", "\r\n").encode(encoding))
+    for _ in range(2):
+        assert read_rows(path, ("id", "label"), "a row", ("label", "Start")) == ROWS
+    said = f"{path}: read with {'tabs' if delimiter == chr(9) else 'semicolons'} between the cells, a decimal comma"
+    said += {"utf-16": ", the encoding UTF-16", "latin-1": ", the encoding Windows-1252"}.get(
+        encoding.replace("cp1252", "latin-1"), ""
+    )
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == [(logging.WARNING, said)]
+
+
+def test_the_plain_form_is_read_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text('\ufeffid,label\n"2,5","2,5"\n', encoding="utf-8")
+    assert read_rows(path, ("id", "label"), "a row", ("label",)) == [(2, {"id": "2,5", "label": "2,5"})]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("sep=;\nid;label\na;2,5\n", [(3, "a", "2.5")]),
+        ('"SEP=;"\r\nid;label\r\na;2,5\r\n', [(3, "a", "2.5")]),
+        ("sep=,\nid,label\na,2.5\n", [(3, "a", "2.5")]),
+        ("sep=\t\nid\tlabel\na\t2,5\n", [(3, "a", "2.5")]),
+        ("id;label;;;\na;1;;;\nb;2\nc;3;;;;;\n;;;;\n", [(2, "a", "1"), (3, "b", "2"), (4, "c", "3")]),
+        (";;\n\nid;label;\na;1;\n", [(4, "a", "1")]),
+        ('"id, of the clip";id;label\n"x;y, z";a;1,5\n', [(2, "a", "1.5")]),
+        ('x,"a;b;c;d",id,label\n;;;;,;,a,1\n', [(2, "a", "1")]),
+        ("id;label\n1,2;1,2\n1,2;x, y\n", [(2, "1,2", "1.2"), (3, "1,2", "x, y")]),
+        ("id;label\na;1.234,5\nb;1,2,3\nc;,5\n", [(2, "a", "1.234,5"), (3, "b", "1,2,3"), (4, "c", ".5")]),
+    ],
+)
+def test_how_tables_look(tmp_path: Path, text: str, rows: list[tuple[int, str, str]]) -> None:
+    path = tmp_path / "own.csv"
+    path.write_bytes(text.encode())
+    found = read_rows(path, ("id", "label"), "a row", ("label",))
+    assert [(line, row["id"], row["label"]) for line, row in found] == rows
+
+
+@pytest.mark.parametrize("text", ["id\na, b; c\n", 'id;\n"a, b; c";\n'])
+def test_one_column(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text(text.replace("a, b; c", '"a, b; c"') if text.startswith("id\n") else text)
+    assert [(line, row["id"]) for line, row in read_rows(path, ("id",), "a row")] == [(2, "a, b; c")]
 
 
 def test_no_file(tmp_path: Path) -> None:

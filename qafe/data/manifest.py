@@ -69,7 +69,7 @@ def read_manifest(store: Store) -> Manifest:
     for split in SPLITS:
         path = store.csv_path(split)
         found = []
-        for line, row in read_rows(path, CSV_COLUMNS, "a row for each video"):
+        for line, row in read_rows(path, CSV_COLUMNS, "a row for each video", ("label",)):
             place = f"{path.name} line {line}"
             sample = _read_sample(store, row, place)
             if sample.id in lines:

@@ -72,7 +72,7 @@ def read_labels(
     """
     if not videos.is_dir():
         raise ManifestError(f"the videos must be in a folder, and there is none at {videos}. Name another.")
-    rows = read_rows(path, COLUMNS, "a row for each video")
+    rows = read_rows(path, COLUMNS, "a row for each video", ("score", "fps", *trim))
     for name in trim:
         if name not in ("start", "end") and name.lower() not in rows[0][1]:
             raise ManifestError(

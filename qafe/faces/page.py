@@ -31,6 +31,8 @@ COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("detected", "detected", "percent"),
         ("missed_frames", "guessed frames", "spans"),
         ("longest_gap_frames", "longest gap", "whole"),
+        ("cut_start_frames", "cut at start", "whole"),
+        ("cut_end_frames", "cut at end", "whole"),
         ("full_frame_detections", "whole-frame searches", "percent"),
         ("window_detections", "window searches", "percent"),
         ("faces_most", "faces in view", "whole"),

@@ -20,6 +20,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from ..config import ModelConfig
 from ..errors import ConfigError, ManifestError
 from ..store import CsvRow, Store
 from ..strata import draw_patients
@@ -157,6 +158,8 @@ def prepare_video(recording: Recording, *, videos: Path, out: Path, settings: Pr
         memory_mb=settings.memory_mb,
     )
     track = follow(video, face_models(settings.models, settings.model_root), settings.track)
+    looked = len(video)
+    video = video.part(track.cut_start_frames, looked - 1 - track.cut_end_frames)
     sizes = np.sqrt((track.boxes[:, 2:] - track.boxes[:, :2]).prod(axis=1))
     landmarks = track.landmarks
     if settings.smooth:
@@ -179,7 +182,7 @@ def prepare_video(recording: Recording, *, videos: Path, out: Path, settings: Pr
     record = {
         "job": job,
         "frame_bytes": sum(size for _, size in store.frame_sizes(recording.patient, recording.video)),
-        **_seen(video, track),
+        **_seen(video, track, looked),
         "face_size_px": float(np.median(sizes)),
         "face_size_range_px": np.percentile(sizes, [5, 95]).tolist(),
         "clipped_points": clipped / landmarks[..., 0].size,
@@ -254,7 +257,8 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _seen(video: Video, track: Track) -> dict[str, Any]:
+def _seen(video: Video, track: Track, looked: int) -> dict[str, Any]:
+    """What was seen in the frames that are kept, out of all that were looked at."""
     missed = track.missed()
     return {
         "frames": len(video),
@@ -268,11 +272,26 @@ def _seen(video: Video, track: Track) -> dict[str, Any]:
         "detected": float(track.found.mean()),
         "missed_frames": missed,
         "longest_gap_frames": max((last - first + 1 for first, last in missed), default=0),
-        "full_frame_detections": track.whole_frames / len(video),
-        "window_detections": track.windows / len(video),
+        "cut_start_frames": track.cut_start_frames,
+        "cut_end_frames": track.cut_end_frames,
+        "full_frame_detections": track.whole_frames / looked,
+        "window_detections": track.windows / looked,
         "faces_most": track.faces_most,
-        "notes": [*video.notes, *track.notes],
+        "notes": [*video.notes, *track.notes, *_cut_note(video, track)],
     }
+
+
+def _cut_note(video: Video, track: Track) -> Iterator[str]:
+    def told(frames: int) -> str:
+        return f"{frames} frames" + (f" ({frames / video.hz:.2f} s)" if video.hz else "")
+
+    ends = {"start": track.cut_start_frames, "end": track.cut_end_frames}
+    parts = [f"{told(frames)} at its {end}" for end, frames in ends.items() if frames]
+    if parts:
+        clip, short = ModelConfig().clip_frames, ""
+        if len(video) < clip <= len(video) + sum(ends.values()):
+            short = f" A published clip's {clip} frames repeat the {len(video)} that are left."
+        yield f"cut {' and '.join(parts)} that do not surely show the face; --keep-ends keeps them.{short}"
 
 
 def _plain(value: Any) -> Any:

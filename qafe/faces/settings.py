@@ -21,13 +21,14 @@ from .detect import DEFAULT_MODELS, DEFAULT_ROOT, pack_files
 from .track import TrackSettings
 
 SETTINGS_FILE = "prepare.json"
-VERSION = 1
+VERSION = 2
 """Raised when the same settings would give other crops or landmarks."""
 
 _FLAGS = {"models": "--models", "crop": "--crop", "fps": "--fps", "smooth": "--smooth"} | {
     "every_frames": "--detect-every",
     "gap_frames": "--max-gap",
     "min_detected": "--min-detected",
+    "keep_ends": "--keep-ends",
 }
 
 _log = logging.getLogger(__name__)
@@ -122,6 +123,9 @@ def _check_same(kept: Path, now: dict[str, Any], out: Path) -> None:
         raise ConfigError(
             f"--resume goes on with a folder that prepare has begun, and {out} is none. Name another."
         ) from None
+    other = f"--resume needs the version of prepare that {out} was begun with. Name another folder."
+    if before.get("version") != now["version"]:
+        raise ConfigError(other)
     for key, flag in _FLAGS.items():
         value = (now | now["track"])[key]
         if then.get(key) != value:
@@ -135,7 +139,7 @@ def _check_same(kept: Path, now: dict[str, Any], out: Path) -> None:
             "since (--models, --model-root). Put the old ones back, or name another folder."
         )
     if before != now:
-        raise ConfigError(f"--resume needs the version of prepare that {out} was begun with. Name another folder.")
+        raise ConfigError(other)
 
 
 def check_flag(name: str, holds: bool, rule: str, value: object) -> None:

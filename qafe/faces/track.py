@@ -2,7 +2,8 @@
 
 The subject of a survey (see `qafe.faces.subject`) is followed frame by frame in a small window, held to three things
 at once: where the face was, how large it was, and what it looks like. What fails them is a missed frame, never
-another person. Missed frames are filled in up to a limit; beyond it the video is refused.
+another person. Missed frames at both ends are cut off; those between are filled in up to a limit, and beyond it the
+video is refused.
 
 Source: tracking by detection, as in SORT (arXiv:1602.00763). The published script takes the first face of each frame.
 """
@@ -16,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..config import ModelConfig
 from ..errors import FaceError
 from ..markup import ALL_COUNT
 from .subject import (
@@ -37,6 +39,10 @@ from .subject import (
 
 _NEAR_OVERLAP = 0.3
 _NEAR_LIKENESS = 0.45
+
+LEAST_FRAMES = ModelConfig().segment_frames
+"""How many frames must be left where ends are cut: a segment of a clip. Clips repeat a video that is shorter than they
+are, see `qafe.data.clips`."""
 
 
 class Finder(Protocol):
@@ -70,12 +76,14 @@ class TrackSettings:
     gap_frames: int = 12
     """The longest run of missed frames that is filled in."""
     min_detected: float = 0.8
-    """The least share of frames in which the face must be seen."""
+    """The least share of frames in which the face must be seen, of those that are not cut."""
+    keep_ends: bool = False
+    """Frames before the face is first seen, and after it is last seen, are filled in like all others and not cut."""
 
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """The subject's face in every frame of a video, T frames."""
+    """The subject's face in every frame of a video, or of the part that is not cut: T frames."""
 
     boxes: Floats
     """[T,4] px; filled in where the face was missed."""
@@ -92,6 +100,10 @@ class Track:
     faces_most: int
     """The largest number of faces in one whole frame."""
     notes: tuple[str, ...]
+    cut_start_frames: int = 0
+    """How many frames of the video lie before the first one here."""
+    cut_end_frames: int = 0
+    """How many frames of the video lie behind the last one here."""
 
     def missed(self) -> list[tuple[int, int]]:
         """(first, last) of each run of missed frames."""
@@ -103,12 +115,19 @@ def follow(video: Frames, finder: Finder, settings: TrackSettings) -> Track:
     """Follows the subject of a video through all its frames.
 
     Raises:
-        FaceError: no face is there, or it is missed for too long or too often.
+        FaceError: no face is there, it is missed for too long or too often, or too little is left between the ends.
     """
-    survey = {index: Seen.of(frame, finder.find(frame)) for index, frame in video.frames(settings.every_frames)}
+    survey = _survey(video, finder, settings.every_frames)
+    if settings.every_frames > LEAST_FRAMES and not any(seen.looks for seen in survey.values()):
+        # Between ends without the face, what may be left is shorter than the steps of the survey.
+        survey = _survey(video, finder, LEAST_FRAMES)
     subject = choose_subject(survey)
     track = _Following(finder, survey, subject).through(video)
-    return fill(track, settings, subject.notes)
+    return fill(track if settings.keep_ends else cut(track, settings), settings, subject.notes)
+
+
+def _survey(video: Frames, finder: Finder, every: int) -> dict[int, Seen]:
+    return {index: Seen.of(frame, finder.find(frame)) for index, frame in video.frames(every)}
 
 
 # ---------------------------------------------------------------- frame by frame
@@ -222,7 +241,40 @@ class _Following:
         self.box, self.missed = box, 0
 
 
-# ---------------------------------------------------------------- gaps and jitter
+# ---------------------------------------------------------------- ends, gaps and jitter
+
+
+def cut(track: Track, settings: TrackSettings) -> Track:
+    """Leaves out the frames before the face is first seen and after it is last seen.
+
+    Where fewer than `LEAST_FRAMES` would be left, ends that can be filled in stay: a video that is short as it is loses
+    nothing.
+
+    Raises:
+        FaceError: fewer would be left, and an end is too long to be filled in.
+    """
+    count, found = len(track.found), np.flatnonzero(track.found)
+    if not found.size:
+        return track
+    first, last = int(found[0]), int(found[-1])
+    left = last + 1 - first
+    if left < LEAST_FRAMES:
+        if max(first, count - 1 - last) <= settings.gap_frames:
+            return track
+        raise FaceError(
+            f"from the first to the last frame with the face there must be at least {LEAST_FRAMES} frames, got {left} "
+            f"(frames {first}-{last} of {count}). Look at the recording; --keep-ends cuts nothing."
+        )
+    part = slice(first, last + 1)
+    return replace(
+        track,
+        boxes=track.boxes[part],
+        landmarks=track.landmarks[part],
+        key_points=track.key_points[part],
+        found=track.found[part],
+        cut_start_frames=first,
+        cut_end_frames=count - 1 - last,
+    )
 
 
 def fill(track: Track, settings: TrackSettings, notes: Sequence[str] = ()) -> Track:
@@ -238,8 +290,9 @@ def fill(track: Track, settings: TrackSettings, notes: Sequence[str] = ()) -> Tr
         if last - first + 1 > settings.gap_frames:
             raise FaceError(
                 f"the face may be out of sight for at most {settings.gap_frames} frames in a row, got "
-                f"{last - first + 1} (frames {first}-{last} of {count}). Trim the recording (start and end columns of "
-                f"the labels) or set --max-gap {last - first + 1}."
+                f"{last - first + 1} (frames {track.cut_start_frames + first}-{track.cut_start_frames + last} of "
+                f"{track.cut_start_frames + count + track.cut_end_frames}). Trim the recording (start and end columns "
+                f"of the labels) or set --max-gap {last - first + 1}."
             )
     share = found.size / count
     if share < settings.min_detected:

@@ -6,6 +6,7 @@ into a stated number of megabytes and are kept for the next pass.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from array import array
@@ -161,6 +162,16 @@ class Video:
     def __len__(self) -> int:
         """The number of output frames, T."""
         return len(self._sources)
+
+    def part(self, first: int, last: int) -> Video:
+        """The output frames from first to last alone, counted from 0; their times and the frame rate stay."""
+        part = copy.copy(self)
+        part._sources = self._sources[first : last + 1]
+        if self.times_s is not None and self.duration_s is not None:
+            part.times_s = self.times_s[first : last + 1]
+            before_s, after_s = self.times_s[first] - self.times_s[0], self.times_s[-1] - self.times_s[last]
+            part.duration_s = self.duration_s - float(before_s + after_s)
+        return part
 
     def frames(self, every: int = 1) -> Iterator[tuple[int, Frames]]:
         """Output index and frame, uint8 RGB [H,W,3] and read-only; each call starts anew.

@@ -35,7 +35,7 @@ def bench(videos: list[Path], models: str, model_root: Path, rounds: int) -> lis
             points: dict[str, Floats] = {}
 
             def ours(frames: list[Frame] = frames, store: Store = store, points: dict[str, Floats] = points) -> None:
-                track = follow(Scene(frames), finder, TrackSettings())
+                track = follow(Scene(frames), finder, TrackSettings(keep_ends=True))
                 height, width = frames[0].shape[:2]
                 boxes = crop_boxes("per_frame", track.boxes, height, width)
                 cut = crop(frames, track.landmarks, boxes)

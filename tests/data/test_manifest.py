@@ -36,6 +36,21 @@ def test_other_expressions_and_labels(tmp_path: Path) -> None:
     assert manifest.expressions == ("sit_at_rest", "smile", "frown", "7", "speech")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_tables_from_a_spreadsheet(tmp_path: Path, encoding: str) -> None:
+    store = write_cohort(tmp_path)
+    plain = read_manifest(store)
+    for split in ("train", "test"):
+        path = tmp_path / f"own_{split}.csv"
+        header, *rows = path.read_text().splitlines()
+        lines = [header.replace(",", ";") + ";Größe"]
+        for identity, label, frames, kind in (row.split(",") for row in rows):
+            lines.append(";".join([identity, f"{float(label):.1f}".replace(".", ","), frames, kind, ""]))
+        path.write_bytes("\r\n".join(lines).encode(encoding))
+    manifest = read_manifest(store)
+    assert (manifest.train, manifest.test) == (plain.train, plain.test)
+
+
 def test_published_video_rule(tmp_path: Path) -> None:
     store = write_cohort(tmp_path)
     csv = tmp_path / "own_train.csv"
@@ -79,7 +94,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no file": (_drop("own_train.csv"), r"exactly one \*_train\.csv, got none"),
     "empty file": (_only(""), r"own_train\.csv must start with a header, and is empty"),
     "no rows": (_only(HEADER), r"own_train\.csv must have at least one row"),
-    "not text": (lambda root: [(root / "own_train.csv").write_bytes(b"\xff\xfe\x00"), None][1], "must be UTF-8"),
+    "not text": (lambda root: [(root / "own_train.csv").write_bytes(b"\xff\xfe\x00"), None][1], "must be text"),
     "columns": (_edit("frames,class", "frames"), r"own_train\.csv line 1: .*missing class"),
     "cells": (_edit(ROW, "clip01frown_P1,1,12"), r"own_train\.csv line 3: a row must have 4 values.*got 3"),
     "id": (_edit("clip01frown_P1", "clip01frown"), r"own_train\.csv line 3: an id must be <video>_<patient>"),

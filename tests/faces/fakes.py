@@ -5,7 +5,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import cv2
@@ -18,24 +18,34 @@ from qafe.faces.settings import PrepareSettings
 from qafe.faces.subject import Faces, Floats, Frame
 
 
-def write_clip(path: Path, count: int, *, size: tuple[int, int] = (64, 48), hz: float = 30, light: float = 1) -> Path:
-    """A still picture of nothing, trembling a little; size is (width, height)."""
+def write_clip(
+    path: Path,
+    count: int,
+    *,
+    size: tuple[int, int] = (64, 48),
+    hz: float = 30,
+    light: float = 1,
+    black: Container[int] = (),
+    white: Container[int] = (),
+) -> Path:
+    """A still picture of nothing, trembling a little, with frames that are black or white; size is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(0).integers(20, 255, (6, 8, 3), np.uint8)
     picture = cv2.resize(coarse, (size[0] + 2, size[1]), interpolation=cv2.INTER_CUBIC) * light
-    codec = "MJPG" if path.suffix == ".avi" else "mp4v"
+    codec = {".avi": "MJPG", ".mkv": "FFV1"}.get(path.suffix, "mp4v")
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), hz, size)
     for number in range(count):
-        writer.write(np.ascontiguousarray(picture[:, number % 3 :][:, : size[0]].astype(np.uint8)))
+        frame = np.ascontiguousarray(picture[:, number % 3 :][:, : size[0]].astype(np.uint8))
+        writer.write(np.full_like(frame, 255) if number in white else frame * np.uint8(number not in black))
     writer.release()
     return path
 
 
 class FakeModels:
-    """A face in the middle of every frame that is not black."""
+    """A face in the middle of every frame that is not black or white."""
 
     def find(self, frame: Frame) -> Faces:
-        if frame.mean() < 5:
+        if not 5 < frame.mean() < 250:
             return Faces(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2), np.float32))
         height, width = frame.shape[:2]
         box = np.array([width * 0.25, height * 0.2, width * 0.75, height * 0.9], np.float32)

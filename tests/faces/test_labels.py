@@ -252,7 +252,7 @@ def test_byte_order_mark_quotes_and_blank_lines(cohort: Cohort) -> None:
         ("video,expression,score\na.mp4,smile\n", r"labels\.csv line 2: a row must have 3 values.*got 2"),
         ("video,expression,score\n\na.mp4,smile,1,2\n", r"labels\.csv line 3: .*got 4"),
         ("patient,video\nP1,a.mp4\n", r"missing expression, score"),
-        ("video;expression;score\na;b;1\n", r"missing video, expression, score"),
+        ("video|expression|score\na|b|1\n", r"missing video, expression, score"),
         ("video,expression,score\n", r"at least one row"),
         ("", r"must start with a header"),
     ],

@@ -229,6 +229,151 @@ def test_fps_and_trims_give_the_right_number_of_frames(cohort: Path) -> None:
     assert record["frames"] == 30
 
 
+@pytest.mark.parametrize(
+    ("encoding", "delimiter"),
+    [("utf-8", ";"), ("utf-8-sig", ";"), ("utf-8", "\t"), ("latin-1", ";"), ("cp1252", "\t"), ("utf-16", "\t")],
+)
+def test_what_a_spreadsheet_writes_gives_the_same_dataset(
+    cohort: Path, encoding: str, delimiter: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [f"P{patient}/visit.mp4,Lächeln,{patient / 4},0.1,0.55,29.5" for patient in range(1, 5)]
+    labels = write_labels(cohort, *rows, header="video,expression,score,from,until,fps")
+    flags = ["--trim", "from,until", "--test-patients", "P1"]
+    assert run(cohort, *flags, out="plain") == 0
+    assert not caplog.records
+    assert b"visit-0.1-0.55_P3,0.75,14," in (cohort / "plain" / "cohort_train.csv").read_bytes()
+    lines = labels.read_text(encoding="utf-8").replace(",", delimiter).replace(".", ",").replace(",mp4", ".mp4")
+    labels.write_bytes("\r\n".join(lines.splitlines()).encode(encoding))
+    assert run(cohort, *flags) == 0
+    assert tree(cohort / "out") == tree(cohort / "plain")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{labels}: read with {'tabs' if delimiter != ';' else 'semicolons'} between")
+
+
+ENDS = {
+    "black": (range(30), (), 30, 0),
+    "empty": ((), range(60, 75), 0, 15),
+    "both": (range(30), range(60, 75), 30, 15),
+}
+"""Black and white frames out of 75, and how many are cut at both ends."""
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_recording_starts_before_the_patient_sits(
+    cohort: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    black, white, start, end = ENDS[case]
+    count = 75 - start - end
+    videos = cohort / "videos"
+    # Both begin with the same picture of three.
+    write_clip(videos / "P1" / "ends.mkv", 75, black=black, white=white)
+    write_clip(videos / "P1" / "plain.mkv", count)
+    rows = ["P1/ends.mkv,smile,1", "P1/plain.mkv,smile,1"]
+    write_labels(cohort, *rows, *(f"P{patient}/visit.mp4,smile,{patient}" for patient in range(1, 5)))
+    flags = ["--with-images", "--smooth", "--test-patients", "P2"]
+    assert run(cohort, *flags) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    parts = [
+        f"{frames} frames ({frames / 30:.2f} s) at its {where}" for frames, where in ((start, "start"), (end, "end"))
+    ]
+    told = " and ".join(part for part in parts if not part.startswith("0 "))
+    assert notes == [f"note: P1/ends.mkv: cut {told} that do not surely show the face; --keep-ends keeps them."]
+    out, store = cohort / "out", Store(cohort / "out")
+    ends, plain = (
+        [path.read_bytes() for path in (*store.frame_paths("P1", name), store.landmarks_path("P1", name))]
+        for name in ("ends", "plain")
+    )
+    assert len(ends) == count + 1
+    assert ends == plain
+    rows = {
+        row["video"]: row for row in json.loads((out / "report.json").read_text())["videos"] if row["patient"] == "P1"
+    }
+    assert (rows["ends"]["cut_start_frames"], rows["ends"]["cut_end_frames"]) == (start, end)
+    assert (rows["plain"]["cut_start_frames"], rows["plain"]["cut_end_frames"]) == (0, 0)
+    for key in ("frames", "detected", "missed_frames", "longest_gap_frames", "brightness"):
+        assert rows["ends"][key] == rows["plain"][key], key
+    assert rows["ends"]["hz"] == rows["ends"]["source_hz"] == pytest.approx(30, abs=0.02)
+    assert rows["ends"]["frames"] == count
+    assert rows["ends"]["duration_s"] == pytest.approx(count / 30, abs=2e-3)
+    assert max(rows["ends"]["full_frame_detections"], rows["ends"]["window_detections"]) <= 1
+    assert {one.frames for one in read_manifest(store).train if one.video == "ends"} == {count}
+    page = (out / "report.html").read_text()
+    assert notes[0].partition("ends.mkv: ")[2] in page
+    before, stamps = tree(out), times(out)
+    assert run(cohort, *flags, "--resume") == 0
+    assert (tree(out), times(out)) == (before, stamps)
+    (out / "quality" / "P1" / "ends.json").unlink()
+    assert run(cohort, *flags, "--resume") == 0
+    assert tree(out) == before
+
+
+def test_ends_are_cut_within_start_and_end_and_at_the_rate_asked_for(cohort: Path) -> None:
+    write_clip(cohort / "videos" / "P1" / "ends.mkv", 150, black=range(30), white=range(120, 150))
+    rows = ["P1/ends.mkv,smile,1,0.5,4.5,", "P1/ends.mkv,smile,1,2,3,", "P1/ends.mkv,smile,1,2,,15"]
+    write_labels(
+        cohort,
+        *rows,
+        *(f"P{n}/visit.mp4,smile,1,,," for n in range(1, 5)),
+        header="video,expression,score,start,end,fps",
+    )
+    assert run(cohort, "--fps", "10") == 0
+    store = Store(cohort / "out")
+    found = {}
+    for video in ("ends-0.5-4.5", "ends-2-3", "ends-2-end"):
+        record = store.read_quality("P1", video)
+        assert record is not None
+        assert record["hz"] == 10
+        assert len(store.frame_paths("P1", video)) == store.landmark_count("P1", video) == record["frames"]
+        found[video] = (record["cut_start_frames"], record["frames"], record["cut_end_frames"], record["duration_s"])
+    assert found == {
+        "ends-0.5-4.5": (5, 30, 5, pytest.approx(3)),
+        "ends-2-3": (0, 10, 0, pytest.approx(1)),
+        # Read at 15 Hz the face comes and goes at twice the time: from 2 s, where it comes, to 8 s of 10.
+        "ends-2-end": (0, 60, 20, pytest.approx(6)),
+    }
+
+
+def test_ends_are_kept_when_asked(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_clip(cohort / "videos" / "P1" / "visit.mp4", 100, black=range(10))
+    write_clip(cohort / "videos" / "P2" / "visit.mp4", 100, black=range(30))
+    assert run(cohort, "--keep-ends") == 2
+    (line,) = refusals(capsys.readouterr().err)
+    assert line.startswith(
+        "P2/visit.mp4: the face may be out of sight for at most 12 frames in a row, got 30 (frames 0-29"
+    )
+    record = Store(cohort / "out").read_quality("P1", "visit")
+    assert record is not None
+    assert (record["frames"], record["missed_frames"], record["cut_start_frames"]) == (100, [[0, 9]], 0)
+    assert run(cohort, "--resume") == 2
+    assert "True there, False now (--keep-ends)" in error(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("black", "words"),
+    [
+        (range(40, 60), "got 20 (frames 40-59 of 100)"),
+        ([*range(30), *range(60, 80)], "got 20 (frames 60-79 of 100)"),
+        ([*range(20), *range(30, 100)], "there must be at least 16 frames, got 10 (frames 20-29 of 100)"),
+        (range(100), "must show a face, found none in 8 frames spread over it"),
+    ],
+)
+def test_what_cutting_does_not_mend(
+    cohort: Path, black: Sequence[int], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clip(cohort / "videos" / "P1" / "visit.mp4", 100, black=black)
+    assert run(cohort) == 2
+    (line,) = refusals(capsys.readouterr().err)
+    assert line.startswith("P1/visit.mp4: ")
+    assert words in line
+    assert Store(cohort / "out").read_quality("P1", "visit") is None
+
+
+def test_a_cut_below_a_published_clip_is_told(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_clip(cohort / "videos" / "P1" / "visit.mp4", 100, black=range(40))
+    assert run(cohort) == 0
+    assert "keeps them. A published clip's 80 frames repeat the 60 that are left." in capsys.readouterr().err
+
+
 def test_the_split_honours_what_is_asked(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cohort, "--test-patients", "P2, P4", out="chosen") == 0
     assert {sample.patient for sample in read_manifest(Store(cohort / "chosen")).test} == {"P2", "P4"}
@@ -377,6 +522,7 @@ def test_other_test_patients_than_before_are_told(cohort: Path, capsys: pytest.C
         (["--smooth"], "(--smooth)"),
         (["--detect-every", "10"], "25 there, 10 now (--detect-every)"),
         (["--max-gap", "3"], "12 there, 3 now (--max-gap)"),
+        (["--keep-ends"], "False there, True now (--keep-ends)"),
         (["--models", "other"], "buffalo_l there, other now (--models)"),
         (["--model-root", "elsewhere"], "model files"),
     ],
@@ -394,6 +540,16 @@ def test_resume_with_other_settings_is_refused(
     assert run(cohort, "--resume", *flags, *root) == 2
     assert words in error(capsys.readouterr().err)
     assert tree(cohort / "out") == before
+
+
+def test_a_folder_of_an_older_version_is_not_gone_on_with(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cohort) == 0
+    kept = cohort / "out" / "prepare.json"
+    settings = json.loads(kept.read_text())
+    del settings["track"]["keep_ends"]
+    kept.write_text(json.dumps(settings | {"version": settings["version"] - 1}))
+    assert run(cohort, "--resume") == 2
+    assert "needs the version of prepare that" in error(capsys.readouterr().err)
 
 
 def test_an_output_in_use_is_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -735,6 +891,53 @@ def test_real_clips_become_a_dataset(clips: Path, prepared: Path) -> None:
     assert b"data:image/jpeg" not in (prepared / "report.html").read_bytes()
     with (prepared / "cohort_train.csv").open() as file:
         assert {row["class"] for row in csv.DictReader(file)} == {"speech"}
+
+
+def test_real_recordings_that_begin_and_end_without_the_patient(clips: Path, prepared: Path, tmp_path: Path) -> None:
+    videos, out = shutil.copytree(clips / "videos", tmp_path / "videos"), tmp_path / "out"
+    shutil.copy(clips / LABELS, tmp_path)
+    ends = {"P01": (26, 0), "P05": (0, 27), "P09": (26, 27)}
+    for patient, (start, end) in ends.items():
+        frames = [
+            cv2.cvtColor(frame, cv2.COLOR_RGB2BGR) for _, frame in Video(videos / patient / "visit 1.mp4").frames()
+        ]
+        if patient == "P01":
+            frames += [*frames[::-1], *frames, *frames[::-1]]  # a middle to take out below
+        # An empty chair: the room's colours without a person.
+        chair = cv2.GaussianBlur(frames[-1], (0, 0), 60)
+        frames = [np.zeros_like(chair)] * start + frames + [chair] * end
+        (videos / patient / "visit 1.mp4").unlink()
+        folder = videos / patient / "visit 1"
+        folder.mkdir()
+        for number, frame in enumerate(frames):
+            cv2.imwrite(str(folder / f"{number}.png"), frame)
+    shutil.copytree(videos / "P01" / "visit 1", videos / "P02" / "gap")
+    for number in range(26 + 28, 26 + 46):
+        shutil.copy(videos / "P01" / "visit 1" / "0.png", videos / "P02" / "gap" / f"{number}.png")
+    rows = [f"{patient}/visit 1,speech,{score},25" for patient, (_, _, score) in PEOPLE.items()]
+    write_labels(tmp_path, *rows, "P02/gap,speech,1,25", header="video,expression,score,fps")
+    log = tmp_path / "log"
+    with started(line(tmp_path, out, "--workers", "2"), log) as process:
+        assert process.wait(timeout=240) == 2, log.read_text()
+    (refused,) = refusals(log.read_text())
+    assert refused.startswith(
+        "P02/gap: the face may be out of sight for at most 12 frames in a row, got 18 (frames 54-71"
+    )
+    for patient, (start, end) in ends.items():
+        store, plain = Store(out), Store(prepared)
+        record = store.read_quality(patient, "visit 1")
+        assert record is not None
+        count = PEOPLE[patient][1] * (4 if patient == "P01" else 1)
+        assert (record["cut_start_frames"], record["frames"], record["cut_end_frames"]) == (start, count, end)
+        assert record["hz"] == 25
+        assert record["duration_s"] == pytest.approx(count / 25)
+        given, true = store.read_landmarks(patient, "visit 1"), plain.read_landmarks(patient, "visit 1")
+        assert given is not None
+        assert true is not None
+        assert len(given) == count == len(store.frame_paths(patient, "visit 1"))
+        off_px = np.linalg.norm(given[: len(true)] - true, axis=2)
+        shifted_px = np.linalg.norm(given[1 : len(true)] - true[:-1], axis=2)
+        assert np.median(off_px) < min(2, np.median(shifted_px)), (patient, np.median(off_px), np.median(shifted_px))
 
 
 def test_the_report_shows_faces_only_when_asked(clips: Path, prepared: Path, tmp_path: Path) -> None:

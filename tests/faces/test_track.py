@@ -8,7 +8,7 @@ import pytest
 
 from qafe.errors import FaceError
 from qafe.faces.subject import Seen, choose_subject, likeness, look_at, overlap
-from qafe.faces.track import Track, TrackSettings, fill, follow, one_euro
+from qafe.faces.track import Track, TrackSettings, cut, fill, follow, one_euro
 from tests.faces.models import face_models
 from tests.faces.scenes import passing_by
 from tests.faces.stage import Person, Place, Stage, box_of, texture
@@ -38,7 +38,7 @@ def off_px(track: Track, person: Person) -> np.ndarray:
     """How far the boxes' corners are from the person's true ones, in each found frame."""
     found = np.flatnonzero(track.found)
     assert found.size, "something must be found"
-    true = np.array([person.shown[int(index)] for index in found])
+    true = np.array([person.shown[track.cut_start_frames + int(index)] for index in found])
     return np.asarray(np.abs(track.boxes[found] - true).max(axis=1))
 
 
@@ -93,8 +93,14 @@ def test_the_subject_appears_late_and_is_followed_from_there() -> None:
     person = Person(lambda index: swaying(index) if 8 <= index < 90 else None, lambda _: texture(1))
     stage = Stage(100, person)
     track = follow(stage.scene, stage, TrackSettings())
-    assert track.missed() == [(0, 7), (90, 99)]
+    assert (track.cut_start_frames, len(track.found), track.cut_end_frames) == (8, 82, 10)
+    assert track.missed() == []
     assert off_px(track, person).max() == 0
+    whole = follow(stage.scene, stage, TrackSettings(keep_ends=True))
+    assert whole.missed() == [(0, 7), (90, 99)]
+    assert (whole.cut_start_frames, whole.cut_end_frames) == (0, 0)
+    for values, part in ((whole.boxes, track.boxes), (whole.landmarks, track.landmarks)):
+        np.testing.assert_array_equal(values[8:90], part)
 
 
 @pytest.mark.parametrize("seed", [2, 3, 5])
@@ -229,7 +235,8 @@ def test_another_in_the_subjects_place_at_the_start() -> None:
     stage = Stage(120, person, other)
     track = follow(stage.scene, stage, LENIENT)
     assert off_px(track, person).max() == 0
-    assert track.found[25:].all()
+    assert track.cut_start_frames <= 25
+    assert track.found[25 - track.cut_start_frames :].all()
 
 
 def test_another_in_the_subjects_place_at_the_end() -> None:
@@ -237,7 +244,7 @@ def test_another_in_the_subjects_place_at_the_end() -> None:
     other = Person(lambda index: (100.0 + index % 3, 60.0, 42.0) if index > 95 else None, lambda _: texture(2))
     stage = Stage(120, person, other)
     track = follow(stage.scene, stage, LENIENT)
-    assert track.missed() == [(96, 119)]
+    assert (len(track.found), track.cut_end_frames) == (96, 24)
     assert off_px(track, person).max() == 0
 
 
@@ -293,9 +300,18 @@ def test_no_face() -> None:
     with pytest.raises(FaceError) as caught:
         follow(stage.scene, stage, TrackSettings(every_frames=25))
     assert str(caught.value) == (
-        "a video must show a face, found none in 4 frames spread over it. "
+        "a video must show a face, found none in 5 frames spread over it. "
         "Check that the face is upright, in view and at least 20 px wide."
     )
+
+
+@pytest.mark.parametrize("first", range(26, 34))
+def test_a_face_between_the_looks_of_the_survey_is_found(first: int) -> None:
+    person = Person(lambda index: swaying(index) if first <= index < first + 16 else None, lambda _: texture(1))
+    stage = Stage(75, person)
+    track = follow(stage.scene, stage, TrackSettings())
+    assert (track.cut_start_frames, len(track.found), track.cut_end_frames) == (first, 16, 59 - first)
+    assert off_px(track, person).max() == 0
 
 
 def test_choosing_alone() -> None:
@@ -375,6 +391,36 @@ def test_gaps_at_the_ends_are_the_nearest_frame() -> None:
     np.testing.assert_array_equal(filled.boxes[:2], filled.boxes[[2, 2]])
     np.testing.assert_array_equal(filled.landmarks[:2], filled.landmarks[[2, 2]])
     np.testing.assert_array_equal(filled.boxes[4], filled.boxes[3])
+
+
+@pytest.mark.parametrize(("start", "end"), [(40, 0), (0, 40), (40, 1), (1, 70)])
+def test_ends_without_the_face_are_cut(start: int, end: int) -> None:
+    given = track_of([False] * start + [True] * 30 + [False] * 2 + [True] * 10 + [False] * end)
+    part = fill(cut(given, TrackSettings()), TrackSettings())
+    assert (part.cut_start_frames, len(part.found), part.cut_end_frames) == (start, 42, end)
+    assert part.missed() == [(30, 31)], "counted from the first frame that is kept"
+    np.testing.assert_allclose(part.boxes, track_of([True] * len(given.found)).boxes[start : start + 42], atol=1e-4)
+    assert len(part.landmarks) == len(part.key_points) == 42
+    assert np.isfinite(part.landmarks).all()
+
+
+def test_a_gap_between_the_ends_is_told_by_the_recordings_numbers() -> None:
+    given = track_of([False] * 50 + [True] * 20 + [False] * 13 + [True] * 20 + [False] * 7)
+    with pytest.raises(FaceError, match=r"got 13 \(frames 70-82 of 110\)"):
+        fill(cut(given, TrackSettings()), TrackSettings())
+
+
+def test_too_little_between_the_ends() -> None:
+    assert len(cut(track_of([False] * 50 + [True] * 16), TrackSettings()).found) == 16
+    with pytest.raises(FaceError) as caught:
+        cut(track_of([False] * 50 + [True] * 15 + [False]), TrackSettings())
+    assert str(caught.value) == (
+        "from the first to the last frame with the face there must be at least 16 frames, got 15 (frames 50-64 of 66). "
+        "Look at the recording; --keep-ends cuts nothing."
+    )
+    for found in ([False] * 12 + [True] * 15 + [False] * 3, [True] * 3, [False] * 12 + [True]):
+        given = track_of(found)
+        assert cut(given, TrackSettings()) is given, "a short recording is filled in as ever"
 
 
 def test_found_frames_are_not_touched() -> None:

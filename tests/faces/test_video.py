@@ -284,6 +284,23 @@ def test_trim_and_resample(tmp_path: Path) -> None:
     assert recording.duration_s == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("memory_mb", [0, 512])
+@pytest.mark.parametrize("hz", [None, 10])
+def test_a_part(tmp_path: Path, memory_mb: int, hz: float | None) -> None:
+    whole = Video(write_cv(tmp_path / "a.mp4", 60), start_s=0.5, end_s=1.5, resample_hz=hz, memory_mb=memory_mb)
+    shown = numbers(whole)
+    part = whole.part(2, 6)
+    for _ in range(2):
+        assert [(index, number_of(frame)) for index, frame in part.frames()] == list(enumerate(shown[2:7]))
+    assert [index for index, _ in part.frames(3)] == [0, 3, 4]
+    assert (len(part), part.hz, part.source_hz) == (5, whole.hz, whole.source_hz)
+    assert whole.hz is not None
+    assert part.duration_s == pytest.approx(5 / whole.hz)
+    np.testing.assert_allclose(part.times_s, 0.5 + np.arange(2, 7) / whole.hz)
+    assert numbers(whole) == shown
+    assert whole.duration_s == pytest.approx(1)
+
+
 def test_end_beyond_the_recording_is_told(tmp_path: Path) -> None:
     recording = Video(write_cv(tmp_path / "a.mp4", 30), end_s=60)
     assert len(recording) == 30
