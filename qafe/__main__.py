@@ -31,10 +31,12 @@ from .store import Store
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     parser = console.parser("python -m qafe", "Train and use QAFE-Net on prepared face clips.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="prepare | sample | train | score | cache")
+    names = "prepare | sample | train | import | score | cache"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     _add_prepare(commands)
     _add_sample(commands)
     _add_train(commands)
+    _add_import(commands)
     _add_score(commands)
     _add_cache(commands)
     return console.run(lambda options: int(options.run(options)), parser, argv)
@@ -213,7 +215,12 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     sub.add_argument("--data-root", type=Path, required=True, help="a prepared dataset")
     sub.add_argument("--expression", help="one, several with commas, or all (default: smile, or the only one)")
-    sub.add_argument("--preset", choices=sorted(PRESETS), default="paper")
+    sub.add_argument("--preset", choices=sorted(PRESETS), help="default: paper, or the settings of --init")
+    sub.add_argument(
+        "--init",
+        type=Path,
+        help="start with the weights and settings of a folder that train or import wrote",
+    )
     sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="e.g. model.fusion.layers=2")
     sub.add_argument("--no-cache", action="store_true", help="keep no decoded frames on disk (data.cache_gb=0)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
@@ -222,11 +229,36 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .training import train_expressions
+    from .training import read_config, train_expressions
 
     settings = dotted.parse_settings(options.set) | ({"data.cache_gb": "0"} if options.no_cache else {})
-    config = dotted.override(PRESETS[options.preset](), settings)
-    train_expressions(config, options.data_root, options.expression, options.device, options.out)
+    if options.init is not None and options.preset is not None:
+        raise ConfigError(f"--init has settings of its own, got --preset {options.preset}, too. Leave one of them out.")
+    base = PRESETS[options.preset or "paper"]() if options.init is None else read_config(options.init)
+    config = dotted.override(base, settings)
+    train_expressions(config, options.data_root, options.expression, options.device, options.out, options.init)
+    return 0
+
+
+def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    sub = commands.add_parser(
+        "import",
+        help="make a model folder out of the authors' own trained files",
+        description="The files of the authors' training script, one for each expression, become a model folder that "
+        "score, train --init and the registry (register --weights) take. Nothing that a file names is executed.",
+    )
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help="e.g. smile.pth")
+    sub.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    sub.add_argument("--expression", required=True, help="what the files were trained on, with commas between them")
+    sub.set_defaults(run=_import)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from .importing import import_models
+
+    names = [name.strip() for name in options.expression.split(",")]
+    import_models(options.files, names, options.out)
+    print(f"{options.out}: {', '.join(names)}")
     return 0
 
 

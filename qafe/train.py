@@ -113,6 +113,7 @@ def fit(
     resume_from: Path | None = None,
     heard: int | None = None,
     between_steps: Callable[[Save], None] | None = None,
+    init: Path | None = None,
 ) -> Iterator[EpochResult]:
     """Trains one model for one expression: a generator that yields after each epoch.
 
@@ -135,6 +136,7 @@ def fit(
         resume_from: a folder that `EpochResult.save` wrote with the same config; a step's clips may lie in other
             batches (``train.batch_size`` x ``train.accumulate``).
         heard: how many epochs' results the caller has; if the folder holds one more, it is given again first.
+        init: a file of the whole model's weights to start from, as `model.weights.save` writes it.
         between_steps: called before each optimiser step with what saves this moment, as `EpochResult.save` does; it
             ends the training by raising. For a process that trains alone.
     Raises:
@@ -146,6 +148,8 @@ def fit(
     """
     _check_counts(train, validation)
     run = _Run(config, store, train, validation, device or pick_device(), between_steps)
+    if init is not None:
+        weights.load_state(run.model, init)
     if resume_from is not None:
         run.restore(resume_from)
     return run.epochs(heard)

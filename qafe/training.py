@@ -18,8 +18,10 @@ from .data.cohort import Cohort, choose_expressions, load_cohort
 from .data.dataset import ClipDataset
 from .device import out_of_memory, pick_device
 from .distributed import launched
-from .errors import ConfigError, QafeError
+from .errors import CheckpointError, ConfigError, QafeError
 from .history import HISTORY_FILE, ExpressionHistory, History, write_history
+from .model import weights
+from .model.qafenet import build
 from .score import SUFFIX, Scorer
 from .train import BEST_FILE, EpochResult, check_samples, fit
 
@@ -27,13 +29,21 @@ CONFIG_FILE = "config.json"
 _UNFINISHED = "unfinished"
 
 
-def train_expressions(config: Config, data_root: Path, wanted: str | None, device_name: str, out: Path | None) -> None:
+def train_expressions(
+    config: Config,
+    data_root: Path,
+    wanted: str | None,
+    device_name: str,
+    out: Path | None,
+    init: Path | None = None,
+) -> None:
     """Trains a model for each expression, alone or as one of the processes that torchrun started, and tests it.
 
     Args:
         wanted: as `choose_expressions` takes it.
         device_name: as `pick_device` takes it.
         out: where the models, their history and the config are kept; None keeps nothing.
+        init: a model folder, whose weights each expression's training starts from.
     Raises:
         QafeError: settings, data, memory or disk will not do; models that are finished by then are kept.
     """
@@ -43,19 +53,53 @@ def train_expressions(config: Config, data_root: Path, wanted: str | None, devic
         cohort = load_cohort(data_root, config.data)
         parts = {name: cohort.only(name) for name in choose_expressions(cohort.manifest, wanted)}
         for expression, part in parts.items():
-            _check(config, part, expression)
+            _check(config, part, expression, init)
         if join(device).first:
-            _train_and_keep(out, config, parts, device, finished)
+            _train_and_keep(out, config, parts, device, finished, init)
         else:
             for expression, part in parts.items():
-                for _ in _epochs(config, part, expression, device):
+                for _ in _epochs(config, part, expression, device, init):
                     pass
                 finished.append(expression)
 
 
-def _check(config: Config, part: Cohort, expression: str) -> None:
+def read_config(folder: Path) -> Config:
+    """The settings of a model folder.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        return dotted.from_json((folder / CONFIG_FILE).read_text())
+    except (OSError, ConfigError) as err:
+        reason = " ".join(str(err).split())
+        raise CheckpointError(
+            f"a model folder must hold its settings ({CONFIG_FILE}), {folder} does not ({reason}). Name a folder that "
+            "qafe train --out or qafe import wrote."
+        ) from err
+
+
+def model_file(folder: Path, expression: str) -> Path:
+    """Where a model folder has the model of an expression.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    path = folder / (expression + SUFFIX)
+    if not path.is_file():
+        there = ", ".join(sorted(found.stem for found in folder.glob("*" + SUFFIX))) or "no model"
+        raise CheckpointError(
+            f"a training starts from a model of the same expression, {folder} has {there} and not {expression} "
+            "(--init). Name another folder, or another --expression."
+        )
+    return path
+
+
+def _check(config: Config, part: Cohort, expression: str, init: Path | None) -> None:
     """Refuses an expression that cannot be trained or tested, and names it."""
     try:
+        if init is not None:
+            weights.load_state(build(config), model_file(init, expression))
         check_samples(config, part.store, part.train, part.validation)
         ClipDataset(part.store, part.test, config, train=False)
     except QafeError as err:
@@ -63,17 +107,22 @@ def _check(config: Config, part: Cohort, expression: str) -> None:
 
 
 def _train_and_keep(
-    out: Path | None, config: Config, parts: Mapping[str, Cohort], device: torch.device, finished: list[str]
+    out: Path | None,
+    config: Config,
+    parts: Mapping[str, Cohort],
+    device: torch.device,
+    finished: list[str],
+    init: Path | None,
 ) -> None:
     """Trains and tests each expression; its model is kept from when it is trained, whatever comes after it."""
     test: dict[str, float] = {}
     history: History = {}
-    with _output_folder(out) as (beside, folder):
+    with output_folder(out) as (beside, folder):
         (beside / CONFIG_FILE).write_text(dotted.to_json(config))
         for expression, part in parts.items():
             entry = ExpressionHistory.start(part.validation)
             result = None
-            for result in _epochs(config, part, expression, device):
+            for result in _epochs(config, part, expression, device, init):
                 entry.add(result)
                 print(
                     f"{expression} epoch {result.epoch}/{config.train.epochs}: loss {result.train_loss:.4f}, "
@@ -146,9 +195,12 @@ def _shortage_said(config: Config, out: Path | None) -> Iterator[None]:
         ) from err
 
 
-def _epochs(config: Config, part: Cohort, expression: str, device: torch.device) -> Iterator[EpochResult]:
+def _epochs(
+    config: Config, part: Cohort, expression: str, device: torch.device, init: Path | None
+) -> Iterator[EpochResult]:
     try:
-        yield from fit(config, part.store, part.train, part.validation, device=device)
+        start = None if init is None else model_file(init, expression)
+        yield from fit(config, part.store, part.train, part.validation, device=device, init=start)
     except FloatingPointError as err:
         raise ConfigError(
             f"the training loss must stay finite: {err} of {expression}, with train.lr={config.train.lr:g}. "
@@ -165,7 +217,7 @@ def _published_row(history: History, split: str, spearman: dict[str, float]) -> 
 
 
 @contextlib.contextmanager
-def _output_folder(wanted: Path | None) -> Iterator[tuple[Path, Path]]:
+def output_folder(wanted: Path | None, flag: str = "--out") -> Iterator[tuple[Path, Path]]:
     """A folder to write in, and on the same disk the wanted one, where what is whole is moved to.
 
     The first goes away at the end. The second is not made before there is something to move; None: it is the first.
@@ -176,7 +228,7 @@ def _output_folder(wanted: Path | None) -> Iterator[tuple[Path, Path]]:
         return
     wanted = wanted.absolute()
     if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-        raise ConfigError(f"the output folder must be new or empty, got {wanted} (--out). Name another.")
+        raise ConfigError(f"the output folder must be new or empty, got {wanted} ({flag}). Name another.")
     # A folder that is there may be a mounted volume, and then nothing beside it is on the same disk.
     place = wanted if wanted.is_dir() else wanted.parent
     try:

@@ -25,16 +25,23 @@ from mlflow.models.model import MLMODEL_FILE_NAME, MODEL_CODE_PATH
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from qafe import console
-from qafe.errors import TrackingError
+from qafe.dotted import flatten
+from qafe.errors import ConfigError, TrackingError
+from qafe.model.weights import save as save_weights
+from qafe.score import SUFFIX, Scorer
 
 from . import scorer
 from .connection import connect, masked, refused, resolve_uri
 from .figures import CHECKPOINT_FOLDER
+from .privacy import without_paths
 from .runs import STATE_TAG, SWEEP_TAG, TRIAL_TAG, sweep_runs
+from .sender import experiment_id
 from .tags import MODEL_TYPE, SWEEP_ITSELF
 
 MODEL = "qafe-net"
 CHAMPION = "champion"
+IMPORTED = "imported"
+"""The experiment of models that no sweep made."""
 OBJECTIVE = "best_spearman"
 SCORES = (OBJECTIVE, "test_spearman")
 """What a version says about itself."""
@@ -65,6 +72,42 @@ def register(client: MlflowClient, sweep: str, *, model: str = MODEL, trial: int
         files = Path(folder) / "model"
         _save(files, weights, run_id)
         return add_version(client, model, run_id, files, tags)
+
+
+def register_weights(client: MlflowClient, folder: Path, *, model: str = MODEL) -> ModelVersion:
+    """Registers a model folder that no sweep made, such as an imported one, as a new version of a model.
+
+    Its run holds settings and weights, and no scores: here nobody has measured any. Files are written anew from what is
+    in them, so that no path, name or note of this machine goes along.
+
+    Raises:
+        CheckpointError: the folder holds no weights, or damaged ones.
+    """
+    scorer_of = Scorer(folder)
+    with tempfile.TemporaryDirectory() as place:
+        kept, digest = Path(place) / CHECKPOINT_FOLDER, hashlib.sha256()
+        kept.mkdir()
+        for expression, (network, config) in scorer_of.models.items():
+            save_weights(kept / (expression + SUFFIX), network, without_paths(config))
+            content = (folder / (expression + SUFFIX)).read_bytes()
+            digest.update(f"{expression} {hashlib.sha256(content).hexdigest()}\n".encode())
+        tags = {"weights_sha256": digest.hexdigest(), "expressions": ",".join(scorer_of.expressions)}
+        experiment = experiment_id(client, IMPORTED, client.tracking_uri)
+        run_id = str(
+            client.create_run(experiment, run_name=f"{IMPORTED}-{digest.hexdigest()[:8]}", tags=tags).info.run_id
+        )
+        try:
+            for name, value in flatten(without_paths(next(iter(scorer_of.models.values()))[1])).items():
+                client.log_param(run_id, name, value)
+            client.log_artifacts(run_id, str(kept), CHECKPOINT_FOLDER)
+            files = Path(place) / "model"
+            _save(files, str(kept), run_id)
+            version = add_version(client, model, run_id, files, tags | {"trial_run": run_id})
+        except BaseException:
+            client.set_terminated(run_id, "FAILED")
+            raise
+        client.set_terminated(run_id)
+        return version
 
 
 def _save(files: Path, weights: str, run_id: str) -> None:
@@ -225,8 +268,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = console.parser("python -m tracking.registry", "Register, promote and list QAFE-Net models.")
     parser.add_argument("--tracking-uri", help="the MLflow store (default: MLFLOW_TRACKING_URI or the embedded one)")
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("register", help="register a sweep's best trial")
-    sub.add_argument("--sweep", required=True, help="name of the sweep")
+    sub = commands.add_parser("register", help="register a sweep's best trial, or a model folder")
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--sweep", help="name of the sweep")
+    which.add_argument("--weights", type=Path, metavar="FOLDER", help="a folder that qafe import or qafe train wrote")
     sub.add_argument("--trial", type=int, help="number of the trial (default: the best)")
     sub.add_argument("--model", default=MODEL)
     sub.set_defaults(run=_register)
@@ -250,8 +295,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _register(options: argparse.Namespace) -> int:
-    client = connect(options.tracking_uri, create=False)
-    version = register(client, options.sweep, model=options.model, trial=options.trial)
+    client = connect(options.tracking_uri, create=options.weights is not None)
+    if options.weights is None:
+        version = register(client, options.sweep, model=options.model, trial=options.trial)
+    elif options.trial is not None:
+        raise ConfigError(f"--trial is of a sweep, got {options.trial} with --weights. Leave one of them out.")
+    else:
+        version = register_weights(client, options.weights, model=options.model)
     print(f"registered {version.name} version {version.version}")
     print(f"promote it:  python -m tracking.registry promote {version.name} {version.version}", file=sys.stderr)
     return 0
