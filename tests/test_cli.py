@@ -7,6 +7,7 @@ import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,10 +135,10 @@ def test_an_interrupt_says_what_is_finished(
 ) -> None:
     epochs, out = training._epochs, tmp_path / "out"
 
-    def interrupted(config: Config, part: Cohort, expression: str, device: torch.device) -> Iterator[EpochResult]:
+    def interrupted(config: Config, part: Cohort, expression: str, *rest: Any) -> Iterator[EpochResult]:
         if expression == "frown":
             raise KeyboardInterrupt
-        return epochs(config, part, expression, device)
+        return epochs(config, part, expression, *rest)
 
     monkeypatch.setattr(training, "_epochs", interrupted)
     flags = ["--preset", "tiny", "--expression", "smile,frown", *QUICK_FLAGS, "--set", "train.epochs=1"]
