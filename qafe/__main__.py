@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from . import console, dotted
+from . import allocation, console, dotted
 from .config import PRESETS
 from .data.cache import cache_folder, cache_size, clear_cache
 from .data.manifest import read_manifest
@@ -79,7 +78,7 @@ def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     sub.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
     sub.add_argument("--resume", action="store_true", help="keep what an earlier run finished, and do the rest")
     sub.add_argument("--with-images", action="store_true", help="draw faces into report.html")
-    sub.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    sub.add_argument("--workers", type=int, default=allocation.cores(), help="processes (%(default)s)")
     sub.add_argument("--memory-mb", type=int, default=512, help="decoded frames that a worker may hold (%(default)s)")
     sub.add_argument("--address", help="run on this Ray cluster (e.g. auto); it must see the same folders")
     sub.set_defaults(run=_prepare)
@@ -234,8 +233,10 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _score(options: argparse.Namespace) -> int:
+    from .device import use_own_cores
     from .score import Scorer
 
+    use_own_cores()
     scorer = Scorer(fetch_model(options.model))
     for clip in options.clips:
         score = scorer.score_clip(clip, options.expression)

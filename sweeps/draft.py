@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from qafe import console, dotted
+from qafe import allocation, console, dotted
 from qafe.config import PRESETS, Config
 from qafe.data.cohort import Cohort, choose_expressions, load_cohort, split_cohort
 from qafe.data.sample import VERSION, make_sample
@@ -68,7 +68,7 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
     Raises:
         QafeError: a setting, the data, the resources, a model too large for this machine, or a name that is taken.
     """
-    gpus = torch.cuda.device_count()
+    gpus = allocation.gpus()
     if options.address and (options.preset is None or options.gpus_per_trial is None):
         raise ConfigError(
             "this machine does not know a cluster's GPUs: with --address, say --preset and --gpus-per-trial, too."
@@ -173,7 +173,8 @@ def _check_memory(config: Config, cpus: float, gpus: float, trials: int, models:
         ConfigError: not even a batch of one clip fits into a trial's share of this machine.
     """
     device = trial_device(gpus)
-    room = room_bytes(device, gpus, side_by_side(cpus, gpus, trials))
+    places = side_by_side(allocation.cores(), allocation.gpus(), cpus, gpus)
+    room = room_bytes(device, gpus, min(places, trials))
     try:
         fitting(config, device, room, models)
     except MemoryError as err:
@@ -193,7 +194,7 @@ def _check_resources(options: argparse.Namespace, trials: int, gpus_per_trial: f
         if value <= 0:
             raise ConfigError(f"{name} must be greater than 0, got {value:g}. Name a larger number.")
     for name, value, here in (
-        ("--cpus-per-trial", options.cpus_per_trial, os.cpu_count() or 1),
+        ("--cpus-per-trial", options.cpus_per_trial, allocation.cores()),
         ("--gpus-per-trial", gpus_per_trial, gpus),
     ):
         if value < 0 or (not options.address and value > here):

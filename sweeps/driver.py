@@ -20,7 +20,7 @@ import ray
 from optuna.trial import TrialState as StudyState
 from ray import tune
 
-from qafe import console, dotted
+from qafe import allocation, console, dotted
 from qafe.data.cohort import Cohort, load_cohort
 from qafe.errors import ConfigError, QafeError
 from tracking.connection import embedded_path, masked
@@ -34,6 +34,7 @@ from .executor import probe
 from .folder import LOCK_FILE, REPORT_FOLDER, STORAGE
 from .live import LiveView
 from .notify import Outcome, notified
+from .placement import places
 from .plan import STUDY_FOLDER, Plan, study_tags, sweep_params
 from .preemption import preemptible
 from .provenance import source_tags, sweep_tags, write_diff
@@ -88,10 +89,11 @@ def run_sweep(
                 _only_driver(folder, outcome),
                 _ray(address),
                 _terminated_as_interrupted(),
-                _tracked(plan, cohort) as tracker,
             ):
-                plan.save()  # what has been extended: from here on nothing refuses it
-                summary = outcome.summary = _search(plan, sweep, cohort, tracker)
+                at_once = places(plan)
+                with _tracked(plan, cohort) as tracker:
+                    plan.save()  # what has been extended: from here on nothing refuses it
+                    summary = outcome.summary = _search(plan, sweep, cohort, tracker, at_once)
             _print_summary(summary, plan)
             if json_file:
                 json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,14 +152,13 @@ def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
             say(f"{refused} entries were set aside; they and the reasons are in {spool}.refused")
 
 
-def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker) -> dict[str, Any]:
+def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker, at_once: int) -> dict[str, Any]:
     """All trials, then the report; KeyboardInterrupt if Ctrl-C or ``sweeps.stop`` ended the trials early."""
     started = time.monotonic()
     control, storage = Control(Path(plan.folder)), Storage(Path(plan.folder), plan.bucket)
     storage.given_up = lambda: control.stopped
-    places = _places(plan)
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(places)  # else Ray starts one worker after the other
-    searcher = StudySearcher(plan, sweep, places)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)  # else Ray starts one worker after the other
+    searcher = StudySearcher(plan, sweep, at_once)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
     refresh = RefreshReport(plan, cohort, tracker)
     with storage.watched(say):
@@ -209,16 +210,6 @@ def _settle(plan: Plan, study: optuna.Study, tracker: SweepTracker, storage: Sto
 
 def _storage_error(plan: Plan, reason: str) -> QafeError:
     return QafeError(f"{reason} Nothing is lost: mend that, then go on with --resume --name {plan.name}.")
-
-
-def _places(plan: Plan) -> int:
-    """How many trials the cluster runs at once."""
-    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = plan.gpus_per_trial
-    places = int(has.get("CPU", 0) / plan.cpus_per_trial)
-    if gpus > 0:
-        places = min(places, int(has.get("GPU", 0)) * int(1 / gpus) if gpus < 1 else int(has.get("GPU", 0) / gpus))
-    return max(1, places)
 
 
 def _run_and_pause(
@@ -293,18 +284,6 @@ def _tune(
     Returns:
         Whether Ctrl-C was pressed.
     """
-    trial_plan = TrialPlan(
-        base_json=plan.config_json,
-        data_root=plan.data_root,
-        expressions=plan.expressions,
-        threads=max(1, int(plan.cpus_per_trial)),
-        gpus=plan.gpus_per_trial,
-        folder=plan.folder,
-        trials=plan.trials,
-        cpus=plan.cpus_per_trial,
-        baseline_bytes=plan.baseline_bytes,
-        bucket=plan.bucket,
-    )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
     main_thread = threading.current_thread() is threading.main_thread()
 
@@ -316,7 +295,7 @@ def _tune(
         storage.wait_until_it_answers()
         storage.given_up = lambda: control.stopped or interrupted()
         tune.run(
-            preemptible(tune.with_parameters(train_trial, plan=trial_plan)),
+            preemptible(tune.with_parameters(train_trial, plan=TrialPlan.of(plan))),
             name=plan.name,
             storage_path=plan.bucket or str(Path(plan.folder).parent),
             num_samples=-1,  # the searcher knows when there are enough
@@ -426,7 +405,16 @@ def _ray(address: str | None) -> Iterator[None]:
     try:
         if address:
             probe(address)
-        ray.init(address=address or "local", log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        ours: dict[str, Any] = {}
+        if not address:
+            ours = {"num_cpus": allocation.cores(), "num_gpus": allocation.gpus(), "_memory": allocation.memory().free}
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            **ours,
+        )
     except (OSError, ValueError, RuntimeError) as err:
         raise ConfigError(
             f"Ray must start, or answer at --address, got {type(err).__name__} from {address or 'this machine'}. "

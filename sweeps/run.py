@@ -14,7 +14,6 @@ from qafe import console, dotted
 from qafe.config import PRESETS
 from qafe.errors import ConfigError
 
-from . import estimate
 from .bucket import Bucket
 from .draft import draft_plan, make_plan, planned_trials
 from .folder import STORAGE, find_sweep, is_url, last_name
@@ -118,9 +117,15 @@ def _main(options: argparse.Namespace) -> int:
             raise ConfigError(f"{name} must lie in a folder, {existing} is a file. Name another place.")
     if options.dry_run and (options.resume or options.extend is not None):
         raise ConfigError("--dry-run is for a new sweep, got it with --resume or --extend. Leave one of them out.")
+    for name, value in QUIET.items() if options.address else (QUIET | ALONE).items():
+        os.environ.setdefault(name, value)
+    # Ray reads its environment when it is imported, and figures take a second that an error's line need not wait for.
     if options.dry_run:
         sweep = find_study(options.study)
-        return estimate.dry_run(draft_plan(options, sweep, storage), sweep, json_file=options.json)
+        plan = draft_plan(options, sweep, storage)
+        from .estimate import dry_run
+
+        return dry_run(plan, sweep, address=options.address, json_file=options.json)
     if options.resume or options.extend is not None:
         plan = Plan.load(storage / (options.name or last_name(storage, find_study(options.study).name)))
         sweep = planned_sweep(plan)
@@ -140,9 +145,6 @@ def _main(options: argparse.Namespace) -> int:
     else:
         sweep = find_study(options.study)
         plan = make_plan(options, sweep, storage)
-    for name, value in QUIET.items() if options.address else (QUIET | ALONE).items():
-        os.environ.setdefault(name, value)
-    # Ray reads its environment when it is imported, and figures take a second that an error's line need not wait for.
     from tracking.runs import SPOOL_FILE
 
     from .driver import run_sweep
