@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -44,8 +45,10 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
     Plain lines without a terminal.
     """
+    print(
+        title, file=sys.stderr, flush=True
+    )  # on a line of its own: it would leave a narrow terminal no room for a bar
     if not sys.stderr.isatty():
-        print(title, file=sys.stderr, flush=True)
         start, said = time.monotonic(), 0
 
         def say(done: int, total: int) -> None:
@@ -62,11 +65,14 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     import rich.console
     import rich.progress
 
-    columns = (*rich.progress.Progress.get_default_columns()[:-1], rich.progress.MofNCompleteColumn())
     with rich.progress.Progress(
-        *columns, rich.progress.TimeRemainingColumn(), console=rich.console.Console(stderr=True)
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=rich.console.Console(stderr=True),
     ) as bar:
-        task = bar.add_task(title)
+        task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -83,6 +89,8 @@ def run(
         stream=sys.stderr,
     )
     logging.getLogger("qafe").setLevel(logging.DEBUG if options.debug else logging.INFO)
+    if not options.debug:  # libraries warn of each other; nothing of ours does, and what Python was told comes first
+        warnings.filterwarnings("ignore", append=True)
     if not (speaks() or options.debug):
         logging.disable(logging.WARNING)
     try:

@@ -338,7 +338,7 @@ def print_summary(found: dict[str, Any]) -> None:
     stdout = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
     space = Table(title=f"space of {found['study']}", box=box.SIMPLE)
     for name in ("setting", "range or choices", "baseline"):
-        space.add_column(name, overflow="fold")
+        space.add_column(name, overflow="fold", no_wrap=name == "setting")
     for name, text in found["space"].items():
         space.add_row(name, text, f"{found['baseline'][name]}")
     stdout.print(space)

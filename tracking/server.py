@@ -110,7 +110,8 @@ def _start(options: argparse.Namespace) -> int:
         _check_port(options)
         prepare(database)
         own = ENVIRONMENT | (accounts.environment(home) if options.auth else {})
-        environment = {name: value for name, value in os.environ.items() if name != accounts.ADMIN_PASSWORD_VARIABLE}
+        quiet = {} if options.debug else {"PYTHONWARNINGS": "ignore"}  # of libraries, about others
+        environment = quiet | {n: value for n, value in os.environ.items() if n != accounts.ADMIN_PASSWORD_VARIABLE}
         line = command(database.uri, artifacts, options.host, options.port, options.allowed_hosts, options.auth)
         pid = process.start_in_background(line, environment | own, home) if options.background else os.getpid()
         state = process.State(

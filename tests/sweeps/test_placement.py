@@ -1,4 +1,4 @@
-"""Where trials find a place: on a cluster of two nodes, and where none has what they ask for; dry runs measure there."""
+"""Where trials find a place: on a cluster of two nodes, and where none has what they ask for."""
 
 import contextlib
 import json
