@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from .faces.landmarks_only import add_landmarks
 from .faces.prepare import Outcome, prepare_cohort
 from .faces.settings import PrepareSettings
 from .faces.track import TrackSettings
+from .installation import entry_point
 from .store import Store
 
 
@@ -160,10 +160,10 @@ def _prepare_cohort(options: argparse.Namespace, settings: PrepareSettings, shar
 
 
 def _ray_executor(stack: contextlib.ExitStack, address: str) -> Executor:
-    found = list(entry_points(group="qafe.executors", name="ray"))
-    if not found:
+    found = entry_point("qafe.executors", "ray")
+    if found is None:
         raise ConfigError("--address needs Ray, which comes with the whole project. Install it: pip install -e .")
-    executor: Executor = found[0].load()(address)
+    executor: Executor = found.load()(address)
     return stack.enter_context(executor)
 
 
@@ -277,13 +277,13 @@ def fetch_model(source: str) -> Path:
     scheme, separator, _ = source.partition(":/")
     if not separator or len(scheme) == 1:
         return Path(source)
-    found = list(entry_points(group="qafe.model_sources", name=scheme))
-    if not found:
+    found = entry_point("qafe.model_sources", scheme)
+    if found is None:
         raise CheckpointError(
             f"a model is a folder or a URI that an installed package can fetch, got {source!r} (--model). "
             "Install the project (pip install -e .) for models:/ URIs."
         )
-    fetch = found[0].load()
+    fetch = found.load()
     return Path(fetch(source))
 
 

@@ -12,7 +12,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
+from . import installation
 from .errors import ConfigError, QafeError
 
 USER_ERROR = 2
@@ -30,7 +32,19 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """An argument parser with the flags that all commands share."""
     result = argparse.ArgumentParser(prog=prog, description=description)
     result.add_argument("--debug", action="store_true", help="show the trace of an error, and more of what happens")
+    result.add_argument("--version", action=_Version, nargs=0, help="print the project's version, and stop")
     return result
+
+
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, **more)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"{installation.NAME} {installation.version()}")
+        parser.exit()
 
 
 def let_others_speak() -> None:

@@ -106,9 +106,9 @@ class LiveView(TellPeople):
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE, padding=(0, 1))
         for name in ("trial", "epoch", "", "Spearman", "best"):
-            bar = not name  # narrower in a narrow terminal
+            drawn = not name  # narrower in a narrow terminal
             table.add_column(
-                name, justify="left" if bar else "right", no_wrap=not bar, max_width=BAR_WIDTH if bar else None
+                name, justify="left" if drawn else "right", no_wrap=not drawn, max_width=BAR_WIDTH if drawn else None
             )
         whole = self.pace.whole_epochs
         room = max(self.console.height - ROWS_OF_ITS_OWN, 1)

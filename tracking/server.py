@@ -93,7 +93,7 @@ def command(
 def _with_command(argv: Sequence[str] | None) -> list[str]:
     words = list(sys.argv[1:] if argv is None else argv)
     first = next((word for word in words if word != "--debug"), "--")
-    return ["start", *words] if first.startswith("-") and first not in ("-h", "--help") else words
+    return ["start", *words] if first.startswith("-") and first not in ("-h", "--help", "--version") else words
 
 
 def _start(options: argparse.Namespace) -> int:
