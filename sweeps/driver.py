@@ -23,7 +23,8 @@ from ray import tune
 from qafe import allocation, console, dotted
 from qafe.data.cohort import Cohort, load_cohort
 from qafe.errors import ConfigError, QafeError
-from tracking.connection import embedded_path, masked
+from qafe.filesystem import check_folder
+from tracking.connection import check_place, embedded_path, masked
 from tracking.guard import Secrets
 from tracking.runs import SPOOL_FILE, SweepTracker, TrialState
 
@@ -66,7 +67,8 @@ def run_sweep(
         notify: URL that hears how the sweep ended.
 
     Raises:
-        ConfigError: the Ray cluster cannot be reached, the sweep is running already, or its data has changed.
+        ConfigError: the Ray cluster cannot be reached or has no room for a trial, the sweep is running already, its
+            data has changed, or a place will not do for it.
         ManifestError: the dataset is gone.
         QafeError: a trial found data that cannot be read, or none finished.
     """
@@ -78,6 +80,7 @@ def run_sweep(
             f"a sweep must go on with the data that it began with, {plan.data_root} has changed since. "
             "Start a new sweep."
         )
+    _check_places(plan)
     clips = cohort.clip_counts(plan.expressions)
     say(
         f"sweep {plan.name}: {plan.trials} trials of {config.preset} on {', '.join(plan.expressions)} "
@@ -111,6 +114,14 @@ def run_sweep(
 def _storage_flag(plan: Plan) -> str:
     storage = Path(plan.folder).parent
     return "" if storage == STORAGE.expanduser().resolve() else f" --storage {storage}"
+
+
+def _check_places(plan: Plan) -> None:
+    """Refuses places that would lose what a sweep writes there; says what is to be known of them."""
+    for uri, flag in ((plan.tracking_uri, "--tracking-uri"), (plan.study_storage, "--study-storage")):
+        check_place(uri, flag)
+    if note := check_folder(Path(plan.folder), "--storage"):
+        say(note)
 
 
 @contextlib.contextmanager

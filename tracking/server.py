@@ -21,9 +21,10 @@ import mlflow
 
 from qafe import console
 from qafe.errors import TrackingError
+from qafe.filesystem import check_database
 
 from . import accounts, backup, gc, process
-from .connection import EMBEDDED_FILE
+from .connection import EMBEDDED_FILE, check_place
 from .database import ARTIFACTS_FOLDER, HOME_FOLDER, Database, named
 from .migrate import prepare
 
@@ -99,6 +100,9 @@ def _with_command(argv: Sequence[str] | None) -> list[str]:
 def _start(options: argparse.Namespace) -> int:
     database, artifacts, home = named(options.backend), _artifacts(options), _home(options)
     _check_address(options)
+    check_place(database.uri, "--backend")
+    if options.auth:
+        check_database(home, "--home: the accounts")
     accounts.own_folder(home)
     with open(home / ".lock", "w") as lock:  # inherited by no server: it is closed before one runs on
         fcntl.flock(lock, fcntl.LOCK_EX)
