@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from qafe import allocation
 from qafe.errors import ConfigError
 
 from .plan import Plan
@@ -36,8 +37,11 @@ def places(plan: Plan) -> int:
 
 
 def places_here(cpus_per_trial: float, gpus_per_trial: float) -> int:
-    """How many trials the node of this worker has room for."""
-    node = _nodes()[ray.get_runtime_context().get_node_id()]
+    """How many trials the node of this worker has room for; without Ray, this machine."""
+    if ray.is_initialized():
+        node = _nodes()[ray.get_runtime_context().get_node_id()]
+    else:
+        node = (allocation.cores(), allocation.gpus())
     return max(1, side_by_side(*node, cpus_per_trial, gpus_per_trial))
 
 

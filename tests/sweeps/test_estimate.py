@@ -164,7 +164,6 @@ def test_a_trial_starts_with_the_batch_that_fits(plan: Plan, monkeypatch: pytest
         baseline_bytes=10**6,
     )
     config = from_json(plan.config_json)
-    monkeypatch.setattr("sweeps.trial.places_here", lambda *_: 2)
     assert _as_fits(config, shared) == config
     monkeypatch.setattr("sweeps.trial.room_bytes", lambda *_: 3000)
     monkeypatch.setattr(sweeps.room, "trial_bytes", lambda config, *_: 1000 * config.train.batch_size)
