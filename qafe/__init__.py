@@ -1,1 +1,5 @@
 """QAFE-Net: the data, the model, training and scoring."""
+
+from .installation import expect
+
+expect("numpy", "torch")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from . import console, dotted
+from . import allocation, console, dotted
 from .config import PRESETS
 from .data.cache import cache_folder, cache_size, clear_cache
 from .data.manifest import read_manifest
@@ -25,6 +23,7 @@ from .faces.landmarks_only import add_landmarks
 from .faces.prepare import Outcome, prepare_cohort
 from .faces.settings import PrepareSettings
 from .faces.track import TrackSettings
+from .installation import entry_point
 from .store import Store
 
 
@@ -84,7 +83,7 @@ def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     sub.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
     sub.add_argument("--resume", action="store_true", help="keep what an earlier run finished, and do the rest")
     sub.add_argument("--with-images", action="store_true", help="draw faces into report.html")
-    sub.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    sub.add_argument("--workers", type=int, default=allocation.cores(), help="processes (%(default)s)")
     sub.add_argument("--memory-mb", type=int, default=512, help="decoded frames that a worker may hold (%(default)s)")
     sub.add_argument("--address", help="run on this Ray cluster (e.g. auto); it must see the same folders")
     sub.set_defaults(run=_prepare)
@@ -169,10 +168,10 @@ def _prepare_cohort(options: argparse.Namespace, settings: PrepareSettings, shar
 
 
 def _ray_executor(stack: contextlib.ExitStack, address: str) -> Executor:
-    found = list(entry_points(group="qafe.executors", name="ray"))
-    if not found:
+    found = entry_point("qafe.executors", "ray")
+    if found is None:
         raise ConfigError("--address needs Ray, which comes with the whole project. Install it: pip install -e .")
-    executor: Executor = found[0].load()(address)
+    executor: Executor = found.load()(address)
     return stack.enter_context(executor)
 
 
@@ -272,8 +271,10 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _score(options: argparse.Namespace) -> int:
+    from .device import use_own_cores
     from .score import Scorer
 
+    use_own_cores()
     scorer = Scorer(fetch_model(options.model))
     for clip in options.clips:
         score = scorer.score_clip(clip, options.expression)
@@ -314,13 +315,13 @@ def fetch_model(source: str) -> Path:
     scheme, separator, _ = source.partition(":/")
     if not separator or len(scheme) == 1:
         return Path(source)
-    found = list(entry_points(group="qafe.model_sources", name=scheme))
-    if not found:
+    found = entry_point("qafe.model_sources", scheme)
+    if found is None:
         raise CheckpointError(
             f"a model is a folder or a URI that an installed package can fetch, got {source!r} (--model). "
             "Install the project (pip install -e .) for models:/ URIs."
         )
-    fetch = found[0].load()
+    fetch = found.load()
     return Path(fetch(source))
 
 

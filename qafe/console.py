@@ -9,9 +9,12 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
+from . import installation
 from .errors import ConfigError, QafeError
 from .machine_errors import machine_errors_told
 
@@ -30,7 +33,19 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """An argument parser with the flags that all commands share."""
     result = argparse.ArgumentParser(prog=prog, description=description)
     result.add_argument("--debug", action="store_true", help="show the trace of an error, and more of what happens")
+    result.add_argument("--version", action=_Version, nargs=0, help="print the project's version, and stop")
     return result
+
+
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, **more)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"{installation.NAME} {installation.version()}")
+        parser.exit()
 
 
 def let_others_speak() -> None:
@@ -45,8 +60,10 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
     Plain lines without a terminal.
     """
+    print(
+        title, file=sys.stderr, flush=True
+    )  # on a line of its own: it would leave a narrow terminal no room for a bar
     if not sys.stderr.isatty():
-        print(title, file=sys.stderr, flush=True)
         start, said = time.monotonic(), 0
 
         def say(done: int, total: int) -> None:
@@ -63,11 +80,14 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     import rich.console
     import rich.progress
 
-    columns = (*rich.progress.Progress.get_default_columns()[:-1], rich.progress.MofNCompleteColumn())
     with rich.progress.Progress(
-        *columns, rich.progress.TimeRemainingColumn(), console=rich.console.Console(stderr=True)
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=rich.console.Console(stderr=True),
     ) as bar:
-        task = bar.add_task(title)
+        task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -84,6 +104,8 @@ def run(
         stream=sys.stderr,
     )
     logging.getLogger("qafe").setLevel(logging.DEBUG if options.debug else logging.INFO)
+    if not options.debug:  # libraries warn of each other; nothing of ours does, and what Python was told comes first
+        warnings.filterwarnings("ignore", append=True)
     if not (speaks() or options.debug):
         logging.disable(logging.WARNING)
     try:

@@ -8,6 +8,7 @@ import resource
 
 import torch
 
+from . import allocation
 from .config import TrainConfig
 from .distributed import local_rank
 from .errors import ConfigError
@@ -31,6 +32,11 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as err:
         raise ConfigError(f"the device must be auto, cpu or a GPU that exists, got {name!r} (--device).") from err
     return device
+
+
+def use_own_cores() -> None:
+    """Gives torch no more threads than this process has cores: torch knows the affinity mask, but no cgroup's quota."""
+    torch.set_num_threads(min(torch.get_num_threads(), allocation.cores()))
 
 
 def amp_dtype(settings: TrainConfig, device: torch.device) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, found without computing it, and how much this machine has."""
+"""How much memory a training step takes, found without computing it, and how much a process holds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,9 @@ from torch.utils._pytree import tree_iter
 
 from .config import Config
 from .device import amp_dtype
-from .errors import ConfigError
 from .losses import BATCH_LOSSES, build_loss
 from .model.qafenet import build
 from .optim import build_optimizer
-
-CGROUPS = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
-OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,46 +115,6 @@ class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _forget(self, key: int) -> None:
         self._bytes -= self._live.pop(key)[1]
-
-
-def available_bytes() -> int:
-    """The machine's memory that new processes could have, in bytes, within the limit of this process's cgroups.
-
-    Raises:
-        ConfigError: the system does not say (it is not Linux).
-    """
-    try:
-        fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-        groups = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
-    except (OSError, KeyError, ValueError) as err:
-        raise ConfigError(f"free memory is read from {MEMINFO}, which is not there ({type(err).__name__}).") from err
-    for _, controllers, path in groups:
-        if not controllers:
-            free = min(free, _within(CGROUPS, path, ("memory.max", "memory.current", "inactive_file")))
-        elif "memory" in controllers.split(","):
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            free = min(free, _within(CGROUPS / "memory", path, files))
-    return free
-
-
-def _within(root: Path, path: str, names: tuple[str, str, str]) -> int:
-    """What a cgroup and those above it still allow; files that the kernel can drop count as free."""
-    limit_file, usage_file, cached = names
-    allowed = 2**63
-    group = root / path.lstrip("/")
-    for folder in (group, *group.parents):  # a container sees its own group as the root, under any name
-        if not folder.is_relative_to(root):
-            break
-        try:
-            limit = (folder / limit_file).read_text().strip()
-            if limit != "max":
-                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / usage_file).read_text()) - int(counts.get(cached, 0))
-                allowed = min(allowed, max(int(limit) - used, 0))
-        except (OSError, ValueError):
-            continue
-    return allowed
 
 
 def resident_bytes(pid: int | None = None) -> int:

@@ -16,7 +16,7 @@ from . import console, dotted, metrics
 from .config import EXPRESSIONS, Config
 from .data.cohort import Cohort, choose_expressions, load_cohort
 from .data.dataset import ClipDataset
-from .device import out_of_memory, pick_device
+from .device import out_of_memory, pick_device, use_own_cores
 from .distributed import launched
 from .errors import CheckpointError, ConfigError, QafeError
 from .history import HISTORY_FILE, ExpressionHistory, History, write_history
@@ -50,6 +50,7 @@ def train_expressions(
     finished: list[str] = []
     with launched() as join, _finished_said(out, finished), _shortage_said(config, out):
         device = pick_device(device_name)
+        use_own_cores()
         cohort = load_cohort(data_root, config.data)
         parts = {name: cohort.only(name) for name in choose_expressions(cohort.manifest, wanted)}
         for expression, part in parts.items():

@@ -1,0 +1,3 @@
+from qafe.installation import expect
+
+expect("mlflow", "optuna", "ray")

@@ -1,15 +1,14 @@
-"""``python -m sweeps.calibration``: one of the processes that stand for a sweep's workers in ``--dry-run``.
+"""The workers that stand for a sweep's in ``--dry-run``: on the same Ray, each in the place of a trial.
 
-It trains a few configs of the plan for a short time, beside as many others as the sweep will run trials at once, and
-says what an epoch took. It knows nothing of Ray: its task comes as JSON on stdin, its timings leave as JSON on stdout.
+Each trains a few configs of the plan for a short time, beside as many others as Ray will run trials at once, and says
+what an epoch took.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import sys
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,19 +21,22 @@ from qafe import dotted
 from qafe.config import Config
 from qafe.data.cohort import Cohort, load_cohort
 from qafe.data.manifest import Sample
-from qafe.device import pick_device
+from qafe.footprint import Estimate, training_memory
 from qafe.train import EpochResult, fit
 
 from .checkpoints import seal
+from .placement import places_here
+from .room import process_bytes, room_bytes
+from .sweep import trial_device
+from .trial import TrialPlan
 
-READY = "ready"
 LEAST_EPOCHS = 2
 """Of each config: the first is the warm-up, which is told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What one process measures.
+    """What one worker measures.
 
     Attributes:
         configs_json: configs to train, one after the other until the time is over; the first at any rate.
@@ -42,13 +44,29 @@ class Task:
         config_seconds: for each of them.
     """
 
+    plan: TrialPlan
     configs_json: tuple[str, ...]
-    data_root: str
-    expressions: tuple[str, ...]
-    gpu: bool
-    threads: int
     seconds: float
     config_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a worker says of where it is.
+
+    Attributes:
+        device: ``cuda`` or ``cpu``.
+        load: of the machine, processes that want to run.
+        step: of the plan's own config, as `qafe.footprint` estimates it.
+        process_mb: what that makes of a trial.
+        room_mb: what a trial may have.
+    """
+
+    device: str
+    load: float
+    step: Estimate
+    process_mb: float
+    room_mb: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +92,31 @@ class Timing:
     clips_share: float
 
 
+class Worker:
+    """One of a dry run's workers, as an actor of Ray."""
+
+    def look(self, plan: TrialPlan) -> Machine:
+        """What there is; also that the worker has started."""
+        config, device = dotted.from_json(plan.base_json), trial_device(plan.gpus)
+        step = training_memory(config, device)
+        neighbours = min(places_here(plan.cpus, plan.gpus), plan.trials)
+        return Machine(
+            device=device.type,
+            load=os.getloadavg()[0],
+            step=step,
+            process_mb=process_bytes(step, config, device, len(plan.expressions)) / 2**20,
+            room_mb=room_bytes(device, plan.gpus, neighbours) / 2**20,
+        )
+
+    def measure(self, task: Task) -> list[Timing]:
+        """As `measure`."""
+        return measure(task)
+
+
 def measure(task: Task) -> list[Timing]:
     """Timings of the task's configs, as many as there is time for."""
-    torch.set_num_threads(task.threads)
-    device = pick_device() if task.gpu else torch.device("cpu")
+    torch.set_num_threads(task.plan.threads)
+    device = trial_device(task.plan.gpus)
     deadline = time.perf_counter() + task.seconds
     found: list[Timing] = []
     longest = 0.0
@@ -92,8 +131,8 @@ def measure(task: Task) -> list[Timing]:
 
 def _time_config(number: int, config: Config, task: Task, device: torch.device) -> Timing:
     started = time.perf_counter()
-    cohort = load_cohort(task.data_root, config.data)
-    parts = [cohort.only(expression) for expression in task.expressions]
+    cohort = load_cohort(task.plan.data_root, config.data)
+    parts = [cohort.only(expression) for expression in task.plan.expressions]
     config = dotted.override(config, {"train.epochs": 10_000, "data.workers": config.data.workers // len(parts)})
     start_s = time.perf_counter() - started
     probe = _epochs(config, parts, 0.0, device, task.config_seconds / 4)
@@ -160,18 +199,3 @@ def _scaled(result: EpochResult, parts: Sequence[Cohort], config: Config) -> flo
     clips = config.data.repeats * sum(len(part.train) for part in parts)
     evaluated = sum(len(part.validation) for part in parts)
     return clips / result.clips_per_s + result.evaluation_s / len(result.predictions) * evaluated
-
-
-def main() -> int:
-    """Reads a task, says that it is ready, waits for a line, measures, and prints the timings."""
-    tree = json.loads(sys.stdin.readline())
-    task = Task(**tree | {name: tuple(tree[name]) for name in ("configs_json", "expressions")})
-    answers, sys.stdout = sys.stdout, sys.stderr
-    print(READY, file=answers, flush=True)
-    sys.stdin.readline()
-    print(json.dumps([dataclasses.asdict(timing) for timing in measure(task)]), file=answers, flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

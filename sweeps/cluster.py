@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from qafe import allocation
 from qafe.console import USER_ERROR
 from qafe.errors import ConfigError
 
@@ -108,6 +109,8 @@ def _own_ray() -> Iterator[tuple[str, Gone]]:
     line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]
     line += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--include-log-monitor=false"]
     line += ["--disable-usage-stats", f"--temp-dir={folder / 'ray'}"]
+    line += [f"--num-cpus={allocation.cores()}", f"--num-gpus={allocation.gpus()}"]
+    line += [f"--memory={allocation.memory().free}"]
     libc = ctypes.CDLL(None)  # looked up before the fork
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by all that Ray starts
     try:

@@ -16,7 +16,6 @@ from qafe.config import PRESETS
 from qafe.errors import ConfigError, QafeError
 from qafe.machine_errors import machine_cause, raise_open_files, trouble_of
 
-from . import estimate
 from .bucket import Bucket
 from .draft import DEFAULTS, check_resources, draft_plan, make_plan, planned_trials
 from .folder import PLAN_FILE, REPORT_FOLDER, STORAGE, find_sweep, is_url, last_name
@@ -149,9 +148,16 @@ def _main(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"a sweep is measured, started or gone on with, got {one} with {other}. Leave one of them out."
         )
+    # Ray reads its environment when it is imported, and figures take a second that an error's line need not wait for.
+    alone = {} if options.address else ALONE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in (QUIET | alone).items():
+        os.environ.setdefault(name, value)
     if options.dry_run:
         sweep = find_study(options.study)
-        return estimate.dry_run(draft_plan(options, sweep, storage), sweep, json_file=options.json)
+        plan = draft_plan(options, sweep, storage)
+        from .estimate import dry_run
+
+        return dry_run(plan, sweep, address=options.address, json_file=options.json)
     if options.auto_resume and options.name is None:
         raise ConfigError("--auto-resume must know the sweep that it starts or goes on with. Add --name NAME.")
     new = not asked or (options.auto_resume and not (storage / options.name / PLAN_FILE).exists())
@@ -165,10 +171,6 @@ def _main(options: argparse.Namespace) -> int:
             print(f"{plan.name} is complete, there is nothing to do: its report is in {plan.folder}/{REPORT_FOLDER}")
             return 0
         plan = _gone_on_with(plan, sweep, options)
-    alone = {} if options.address else ALONE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    for name, value in (QUIET | alone).items():
-        os.environ.setdefault(name, value)
-    # Ray reads its environment when it is imported, and figures take a second that an error's line need not wait for.
     with INTERRUPTION.deferred():
         from tracking.runs import SPOOL_FILE
 

@@ -12,9 +12,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from qafe import console, dotted
+from qafe import allocation, console, dotted
 from qafe.config import PRESETS, PRETRAINED, Config
 from qafe.data.cohort import Cohort, choose_expressions, load_cohort, split_cohort
 from qafe.data.sample import VERSION, make_sample
@@ -73,7 +71,7 @@ def draft_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan
         QafeError: a setting, the data, the resources, a model too large for this machine, or a name that is taken.
     """
     options = _with_defaults(options)
-    gpus = torch.cuda.device_count()
+    gpus = allocation.gpus()
     if options.address and (options.preset is None or options.gpus_per_trial is None):
         raise ConfigError(
             "this machine does not know a cluster's GPUs: with --address, say --preset and --gpus-per-trial, too."
@@ -186,7 +184,8 @@ def _check_memory(config: Config, cpus: float, gpus: float, trials: int, models:
         ConfigError: not even a batch of one clip fits into a trial's share of this machine.
     """
     device = trial_device(gpus)
-    room = room_bytes(device, gpus, side_by_side(cpus, gpus, trials))
+    places = side_by_side(allocation.cores(), allocation.gpus(), cpus, gpus)
+    room = room_bytes(device, gpus, min(places, trials))
     try:
         fitting(config, device, room, models)
     except MemoryError as err:
@@ -207,7 +206,7 @@ def check_resources(numbers: Mapping[str, float | None], address: str | None) ->
         if value is not None and value <= 0:
             name = "--" + flag.replace("_", "-")
             raise ConfigError(f"{name} must be greater than 0, got {value:g}. Name a larger number.")
-    for flag, here in (("cpus_per_trial", os.cpu_count() or 1), ("gpus_per_trial", torch.cuda.device_count())):
+    for flag, here in (("cpus_per_trial", allocation.cores()), ("gpus_per_trial", allocation.gpus())):
         value = numbers[flag]
         assert value is not None
         if value < 0 or (not address and value > here):

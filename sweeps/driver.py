@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import optuna
-import ray
 from optuna.trial import TrialState as StudyState
 from ray import tune
 
 from qafe import console, dotted
 from qafe.data.cohort import Cohort, load_cohort
 from qafe.errors import ConfigError, QafeError
-from tracking.connection import embedded_path, masked
+from qafe.filesystem import check_folder
+from tracking.connection import check_place, embedded_path, masked
 from tracking.guard import Secrets
 from tracking.runs import SPOOL_FILE, SweepTracker, TrialState
 
@@ -31,6 +31,7 @@ from .folder import LOCK_FILE, REPORT_FOLDER, find_sweep, storage_flag
 from .interruption import INTERRUPTION
 from .live import LiveView
 from .notify import Outcome, notified
+from .placement import places
 from .plan import STUDY_FOLDER, Plan, study_tags, sweep_params
 from .preemption import preemptible
 from .provenance import source_tags, sweep_tags, write_diff
@@ -70,7 +71,8 @@ def run_sweep(
 
     Raises:
         KeyboardInterrupt: the sweep was ended early, and its runs are closed.
-        ConfigError: the Ray cluster cannot be reached, the sweep is running already, or its data has changed.
+        ConfigError: the Ray cluster cannot be reached or has no room for a trial, the sweep is running already, its
+            data has changed, or a place will not do for it.
         ManifestError: the dataset is gone.
         QafeError: a trial found data that cannot be read, or none finished.
     """
@@ -82,20 +84,19 @@ def run_sweep(
             f"a sweep must go on with the data that it began with, {plan.data_root} is not that, or has changed since. "
             "Name the place of that data (--data-root), or start a new sweep."
         )
+    _check_places(plan)
     clips = cohort.clip_counts(plan.expressions)
     say(
         f"sweep {plan.name}: {plan.trials} trials of {config.preset} on {', '.join(plan.expressions)} "
         f"({', '.join(f'{count} {part}' for part, count in clips.items())} clips of {plan.data_root})"
     )
     with notified(notify, plan) as outcome:
-        with (
-            _only_driver(folder, outcome),
-            cluster.joined(address) as gone,
-            _tracked(plan, cohort) as tracker,
-        ):
-            NOTES.tell(folder=plan.folder, address=address, notify=notify)
-            plan.save()  # what has been extended: from here on nothing refuses it
-            summary = outcome.summary = _search(plan, sweep, cohort, tracker, gone)
+        with _only_driver(folder, outcome), cluster.joined(address) as gone:
+            at_once = places(plan)
+            with _tracked(plan, cohort) as tracker:
+                NOTES.tell(folder=plan.folder, address=address, notify=notify)
+                plan.save()  # what has been extended: from here on nothing refuses it
+                summary = outcome.summary = _search(plan, sweep, cohort, tracker, gone, at_once)
         _print_summary(summary, plan)
         if json_file:
             json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +143,14 @@ def close_for(notes: Mapping[str, Any], reason: str) -> int:
     return end_early(plan, notes["address"], reason)
 
 
+def _check_places(plan: Plan) -> None:
+    """Refuses places that would lose what a sweep writes there; says what is to be known of them."""
+    for uri, flag in ((plan.tracking_uri, "--tracking-uri"), (plan.study_storage, "--study-storage")):
+        check_place(uri, flag)
+    if note := check_folder(Path(plan.folder), "--storage"):
+        say(note)
+
+
 @contextlib.contextmanager
 def _tracked(plan: Plan, cohort: Cohort) -> Iterator[SweepTracker]:
     """The sweep's tracker; its runs are closed with the block, whatever ends it."""
@@ -186,14 +195,15 @@ def _close(tracker: SweepTracker, state: TrialState) -> None:
         say(f"{refused} entries were set aside; they and the reasons are in {tracker.spool.path}.refused")
 
 
-def _search(plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker, gone: cluster.Gone) -> dict[str, Any]:
+def _search(
+    plan: Plan, sweep: Sweep, cohort: Cohort, tracker: SweepTracker, gone: cluster.Gone, at_once: int
+) -> dict[str, Any]:
     """All trials, then the report; KeyboardInterrupt if people ended the trials early."""
     started = time.monotonic()
     control, storage = Control(Path(plan.folder)), Storage(Path(plan.folder), plan.bucket)
     storage.given_up = lambda: control.stopped
-    places = _places(plan)
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(places)  # else Ray starts one worker after the other
-    searcher = StudySearcher(plan, sweep, places)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)  # else Ray starts one worker after the other
+    searcher = StudySearcher(plan, sweep, at_once)
     deadline = math.inf if plan.time_budget_s is None else started + plan.time_budget_s
     refresh = RefreshReport(plan, cohort, tracker)
     with INTERRUPTION.deferred(), storage.watched(say):
@@ -244,16 +254,6 @@ def _settle(plan: Plan, study: optuna.Study, tracker: SweepTracker, storage: Sto
 
 def _storage_error(plan: Plan, reason: str) -> QafeError:
     return QafeError(f"{reason} Nothing is lost: mend that, then go on with --resume --name {plan.name}.")
-
-
-def _places(plan: Plan) -> int:
-    """How many trials the cluster runs at once."""
-    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = plan.gpus_per_trial
-    places = int(has.get("CPU", 0) / plan.cpus_per_trial)
-    if gpus > 0:
-        places = min(places, int(has.get("GPU", 0)) * int(1 / gpus) if gpus < 1 else int(has.get("GPU", 0) / gpus))
-    return max(1, places)
 
 
 def _run_and_pause(
@@ -325,22 +325,10 @@ def _tune(
     Returns:
         Whether somebody ended the sweep.
     """
-    trial_plan = TrialPlan(
-        base_json=plan.config_json,
-        data_root=plan.data_root,
-        expressions=plan.expressions,
-        threads=max(1, int(plan.cpus_per_trial)),
-        gpus=plan.gpus_per_trial,
-        folder=plan.folder,
-        trials=plan.trials,
-        cpus=plan.cpus_per_trial,
-        baseline_bytes=plan.baseline_bytes,
-        bucket=plan.bucket,
-    )
     try:
         storage.wait_until_it_answers()
         tune.run(
-            preemptible(tune.with_parameters(train_trial, plan=trial_plan)),
+            preemptible(tune.with_parameters(train_trial, plan=TrialPlan.of(plan))),
             name=Path(plan.folder).name,
             storage_path=plan.bucket or str(Path(plan.folder).parent),
             num_samples=-1,  # the searcher knows when there are enough

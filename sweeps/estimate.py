@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import json
-import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,8 +20,11 @@ from typing import Any
 
 import numpy as np
 import optuna
-import torch
+import ray
 from optuna.pruners import BasePruner
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,14 +33,14 @@ from qafe import console, dotted
 from qafe.config import Config
 from qafe.data.cohort import load_cohort
 from qafe.errors import QafeError
-from qafe.footprint import training_memory
 
-from . import calibration
-from .calibration import READY, Task, Timing
+from .calibration import Machine, Task, Timing, Worker
+from .cluster import joined
+from .placement import reserved
 from .plan import Plan
-from .room import process_bytes, room_bytes, side_by_side
 from .study import PRUNERS
-from .sweep import Suggester, Sweep, trial_device
+from .sweep import Suggester, Sweep
+from .trial import TrialPlan
 
 CALIBRATION_S = 60.0
 CONFIG_S = 10.0
@@ -50,7 +51,7 @@ STARTUP_S = 43.0
 """Until a worker trains (planning, a new MLflow store, Ray and the worker: 33 s), and at the end the test of the best
 trial and the report (10 s), by ``python -m tests.bench sweeps`` on an idle machine of two cores; times the
 calibration's own start over its idle one, below."""
-IDLE_PROCESS_START_S = 4.0
+IDLE_START_S = 4.0
 TRIAL_START_S = 0.4
 """Ray's part of starting a trial on a worker that is there."""
 TRIAL_REPORT_S = 0.05
@@ -69,15 +70,20 @@ class Cost:
     """Of all trials together."""
 
 
-def dry_run(plan: Plan, sweep: Sweep, *, json_file: Path | None = None) -> int:
+def dry_run(plan: Plan, sweep: Sweep, *, address: str | None = None, json_file: Path | None = None) -> int:
     """Prints what a planned sweep searches and would cost, and writes nothing but the ``--json`` file.
 
+    Args:
+        address: of a Ray cluster.
+        json_file: where the summary is written, too.
+
     Raises:
-        QafeError: a calibrating process failed.
+        ConfigError: the cluster does not answer, or has no room for a trial.
+        QafeError: a calibrating worker failed.
     """
-    config = dotted.from_json(plan.config_json)
-    timings, start_s = calibrate(plan, sweep)
-    found = summary(plan, sweep, config, timings, start_s)
+    with joined(address):
+        calibration = calibrate(plan, sweep)
+    found = summary(plan, sweep, calibration)
     print_summary(found)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +91,21 @@ def dry_run(plan: Plan, sweep: Sweep, *, json_file: Path | None = None) -> int:
         unfinished.write_text(json.dumps(found, indent=2) + "\n")
         unfinished.replace(json_file)
     return 0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured.
+
+    Attributes:
+        timings: the baseline's first.
+        machines: of each worker; as many as there were places for trials.
+        start_s: until all workers had started.
+    """
+
+    timings: list[Timing]
+    machines: list[Machine]
+    start_s: float
 
 
 def draw_configs(plan: Plan, sweep: Sweep, count: int) -> list[Config]:
@@ -101,94 +122,62 @@ def draw_configs(plan: Plan, sweep: Sweep, count: int) -> list[Config]:
 
 def calibrate(
     plan: Plan, sweep: Sweep, seconds: float = CALIBRATION_S, config_seconds: float = CONFIG_S
-) -> tuple[list[Timing], float]:
-    """Timings, the baseline's first, from as many processes as the sweep runs trials on this machine at once; and how
-    long a process took to start, in seconds.
+) -> Calibration:
+    """Trains draws of the space on the connected Ray, on as many places as it has for the sweep's trials now.
 
     Raises:
-        QafeError: a process failed.
+        ConfigError: it has none.
+        QafeError: a worker failed.
     """
-    workers = side_by_side(plan.cpus_per_trial, plan.gpus_per_trial, plan.trials)
-    each = max(1, int(2 * seconds / config_seconds))
-    drawn = draw_configs(plan, sweep, workers * each)
-    task = Task(
-        configs_json=(),
-        data_root=plan.data_root,
-        expressions=plan.expressions,
-        gpu=plan.gpus_per_trial > 0,
-        threads=max(1, int(plan.cpus_per_trial)),
-        seconds=seconds,
-        config_seconds=config_seconds,
-    )
-    started = time.monotonic()
-    processes = [_start(worker, plan) for worker in range(workers)]
-    try:
-        for worker, process in enumerate(processes):
-            own = tuple(dotted.to_json(config) for config in drawn[worker::workers])
-            _send(process, json.dumps(dataclasses.asdict(dataclasses.replace(task, configs_json=own))))
-        for process in processes:
-            if _line(process).strip() != READY:
-                raise QafeError(f"the calibration's process did not start: {_error(process)}. See --debug.")
+    with reserved(plan) as places:
+        started = time.monotonic()
+        workers = [_worker(plan, place) for place in places]
+        shared = TrialPlan.of(plan)
+        machines: list[Machine] = _answers([worker.look.remote(shared) for worker in workers])
         start_s = time.monotonic() - started
-        with console.progress(f"calibrating: {workers} trials side by side for about {seconds:.0f} s"):
-            for process in processes:
-                _send(process, "go")
-            found = []
-            for process in processes:
-                line = _line(process)
-                if not line:
-                    raise QafeError(f"the calibration failed: {_error(process)}")
-                found.append([Timing(**timing) for timing in json.loads(line)])
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    baseline, *rest = (timing for timings in found for timing in timings)
-    return [baseline, *rest], start_s
+        drawn = draw_configs(plan, sweep, len(workers) * max(1, int(2 * seconds / config_seconds)))
+        with console.progress(f"calibrating: {len(workers)} trials side by side for about {seconds:.0f} s"):
+            found: list[list[Timing]] = _answers(
+                [
+                    worker.measure.remote(
+                        Task(
+                            plan=shared,
+                            configs_json=tuple(dotted.to_json(config) for config in drawn[number :: len(workers)]),
+                            seconds=seconds,
+                            config_seconds=config_seconds,
+                        )
+                    )
+                    for number, worker in enumerate(workers)
+                ]
+            )
+    return Calibration([timing for timings in found for timing in timings], machines, start_s)
 
 
-def _start(worker: int, plan: Plan) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": str(max(1, int(plan.cpus_per_trial))),  # as Ray sets it
-    }
-    if plan.gpus_per_trial > 0:
-        gpus = torch.cuda.device_count()
-        each = max(1, int(plan.gpus_per_trial))
-        first = worker * each % gpus
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + each])
-    line = [sys.executable, "-m", calibration.__name__]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(line, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+def _worker(plan: Plan, place: PlacementGroup) -> Any:
+    options = {"num_cpus": plan.cpus_per_trial, "num_gpus": plan.gpus_per_trial}
+    return ray.remote(Worker).options(**options, scheduling_strategy=PlacementGroupSchedulingStrategy(place)).remote()
 
 
-def _send(process: subprocess.Popen[str], line: str) -> None:
-    assert process.stdin is not None
+def _answers(calls: list[Any]) -> Any:
     try:
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-    except BrokenPipeError as err:
-        raise QafeError(f"the calibration's process has ended: {_error(process)}") from err
+        return ray.get(calls)
+    except RayTaskError as err:
+        if isinstance(err.cause, QafeError):
+            raise err.cause from err
+        said = f"{type(err.cause).__name__}: {err.cause}"
+        raise QafeError(f"the calibration must train a few epochs, it ended with {said}. See --debug.") from err
+    except RayError as err:
+        raise QafeError(
+            f"the calibration must train a few epochs, Ray lost one of its workers ({type(err).__name__}), as when "
+            "memory runs out. Name a smaller preset, or more CPUs for each trial."
+        ) from err
 
 
-def _line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline()
-
-
-def _error(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    lines = process.stderr.read().strip().splitlines()
-    return lines[-1] if lines else f"exit status {process.wait()}"
-
-
-def summary(plan: Plan, sweep: Sweep, config: Config, timings: Sequence[Timing], start_s: float) -> dict[str, Any]:
+def summary(plan: Plan, sweep: Sweep, calibration: Calibration) -> dict[str, Any]:
     """The dry run as one JSON object."""
-    workers = side_by_side(plan.cpus_per_trial, plan.gpus_per_trial, plan.trials)
-    device = trial_device(plan.gpus_per_trial)
-    step = training_memory(config, device)
-    fixed_s = STARTUP_S * max(1.0, start_s / IDLE_PROCESS_START_S)
+    config, timings, machines = dotted.from_json(plan.config_json), calibration.timings, calibration.machines
+    workers, first = len(machines), machines[0]
+    fixed_s = STARTUP_S * max(1.0, calibration.start_s / IDLE_START_S)
     with_stopping = simulate(plan, config, timings, workers, fixed_s, PRUNERS[plan.scheduler])
     without = simulate(plan, config, timings, workers, fixed_s, PRUNERS["none"])
     cohort = load_cohort(plan.data_root, config.data)
@@ -206,7 +195,7 @@ def summary(plan: Plan, sweep: Sweep, config: Config, timings: Sequence[Timing],
             "cpus_per_trial": plan.cpus_per_trial,
             "gpus_per_trial": plan.gpus_per_trial,
             "side_by_side": workers,
-            "device": device.type,
+            "device": first.device,
         },
         "epoch_s": {
             "baseline": epochs[0],
@@ -217,19 +206,20 @@ def summary(plan: Plan, sweep: Sweep, config: Config, timings: Sequence[Timing],
         },
         "memory": {
             "measured_mb": max(timing.peak_memory_mb for timing in timings),
-            "estimated_mb": process_bytes(step, config, device, len(plan.expressions)) / 2**20,
+            "estimated_mb": first.process_mb,
             "estimated_step_mb": {
-                name: value / 2**20 for name, value in dataclasses.asdict(step).items() | {"total": step.total}.items()
+                name: value / 2**20
+                for name, value in (dataclasses.asdict(first.step) | {"total": first.step.total}).items()
             },
-            "room_mb": room_bytes(device, plan.gpus_per_trial, workers) / 2**20,
+            "room_mb": min(machine.room_mb for machine in machines),
         },
         "unit": plan.cost_unit,
         "with_early_stopping": dataclasses.asdict(with_stopping),
         "without_early_stopping": dataclasses.asdict(without),
         "scheduler": plan.scheduler if len(plan.objectives) == 1 else "none",
         "budget_hours": plan.budget_hours,
-        "process_start_s": start_s,
-        "load": os.getloadavg()[0],
+        "process_start_s": calibration.start_s,
+        "load": max(machine.load for machine in machines),
     }
 
 
@@ -348,7 +338,7 @@ def print_summary(found: dict[str, Any]) -> None:
     stdout = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
     space = Table(title=f"space of {found['study']}", box=box.SIMPLE)
     for name in ("setting", "range or choices", "baseline"):
-        space.add_column(name, overflow="fold")
+        space.add_column(name, overflow="fold", no_wrap=name == "setting")
     for name, text in found["space"].items():
         space.add_row(name, text, f"{found['baseline'][name]}")
     stdout.print(space)
@@ -360,9 +350,7 @@ def print_summary(found: dict[str, Any]) -> None:
                   f"{', '.join(found['expressions'])} "
                   f"({', '.join(f'{count} {part}' for part, count in found['clips'].items())} clips)")  # fmt: skip
     gpus = f" and {rows['gpus_per_trial']:g} GPU" if rows["gpus_per_trial"] else ""
-    table.add_row(
-        "resources per trial", f"{rows['cpus_per_trial']:g} CPU{gpus}; {rows['side_by_side']} side by side here"
-    )
+    table.add_row("resources per trial", f"{rows['cpus_per_trial']:g} CPU{gpus}; {rows['side_by_side']} side by side")
     table.add_row(
         "seconds per epoch",
         f"{epoch['baseline']:.2f} the baseline; {epoch['low']:.2f} to {epoch['high']:.2f}, mean {epoch['mean']:.2f}, "

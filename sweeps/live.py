@@ -106,14 +106,17 @@ class LiveView(TellPeople):
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE, padding=(0, 1))
         for name in ("trial", "epoch", "", "Spearman", "best"):
-            table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+            drawn = not name  # narrower in a narrow terminal
+            table.add_column(
+                name, justify="left" if drawn else "right", no_wrap=not drawn, max_width=BAR_WIDTH if drawn else None
+            )
         whole = self.pace.whole_epochs
         room = max(self.console.height - ROWS_OF_ITS_OWN, 1)
         rows = sorted(self.pace.at_work.items())
         for number, trial in rows[:room]:
             result = trial.last_result or {}
             epoch = min(result.get("epoch") or trial.config["epochs"], whole)
-            bar = ProgressBar(total=whole, completed=epoch, width=BAR_WIDTH)
+            bar = ProgressBar(total=whole, completed=epoch)
             scores = (f"{result[name]:.3f}" if name in result else "" for name in ("spearman", OBJECTIVE))
             table.add_row(str(number), f"{epoch}/{whole}", bar, *scores)
         if len(rows) > room:

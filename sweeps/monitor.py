@@ -1,7 +1,8 @@
 """What a trial's machine was doing during an epoch, under the names that MLflow's System metrics page looks for.
 
-A thread of the worker looks every few seconds; the trial takes the means with each epoch. Of GPUs those are looked at
-that the trial may use, where NVIDIA's library is installed (``pip install nvidia-ml-py``).
+A thread of the worker looks every few seconds; the trial takes the means with each epoch. Of cores and memory those
+count that are ours (`qafe.allocation`); of GPUs those are looked at that the trial may use, where NVIDIA's library is
+installed (``pip install nvidia-ml-py``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections import defaultdict
 from typing import Any
 
 import psutil
+
+from qafe import allocation
 
 LOOK_S = 5.0
 MEGABYTE = 1e6
@@ -33,15 +36,16 @@ class Monitor:
         self._sums: dict[str, float] = defaultdict(float)
         self._looks = 0
         self._lock = threading.Lock()
-        psutil.cpu_percent()  # the first answer is of no time at all
+        psutil.cpu_percent(percpu=True)  # the first answer is of no time at all
 
     def look(self) -> None:
         """One look at everything."""
-        memory = psutil.virtual_memory()
+        memory, busy = allocation.memory(), psutil.cpu_percent(percpu=True)
+        ours = [busy[core] for core in os.sched_getaffinity(0) if core < len(busy)]
         found = {
-            "cpu_utilization_percentage": psutil.cpu_percent(),
-            "system_memory_usage_megabytes": memory.used / MEGABYTE,
-            "system_memory_usage_percentage": memory.percent,
+            "cpu_utilization_percentage": sum(ours) / max(len(ours), 1),
+            "system_memory_usage_megabytes": (memory.total - memory.free) / MEGABYTE,
+            "system_memory_usage_percentage": 100 * (1 - memory.free / memory.total),
         }
         for number, handle in enumerate(self._gpus):
             held = self._nvml.nvmlDeviceGetMemoryInfo(handle)

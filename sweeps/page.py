@@ -108,10 +108,10 @@ def print_table(summary: Mapping[str, Any], shown: int = 10) -> None:
     """The best trials, and what to think of them, on stdout."""
     table = Table(title=f"best trials of {summary['sweep']} ({', '.join(summary['expressions'])})", box=box.SIMPLE)
     others = _other_objectives(row["values"] for row in summary["trials"])
-    numbers = ("trial", "validation Spearman", *others, "epochs")
-    columns = ("trial", "state", "validation Spearman", *others, *(["Pareto"] if others else []), "epochs")
-    for name in (*columns, "settings that differ from the baseline"):
-        table.add_column(name, justify="right" if name in numbers else "left")
+    words = ("state", "Pareto")
+    for name in ("trial", "state", "validation\nSpearman", *others, *(["Pareto"] if others else []), "epochs"):
+        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
+    table.add_column("settings that differ from the baseline", overflow="fold")
     baseline: dict[str, Any] = next((row["settings"] for row in summary["trials"] if row["baseline"]), {})
     # The whole Pareto set is shown: its members are worth the same.
     ordered = sorted(summary["trials"], key=lambda row: not row["pareto"]) if others else summary["trials"]

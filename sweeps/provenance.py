@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from qafe import installation
 from qafe.config import Config
 from qafe.data.cohort import Cohort, split_cohort
 from tracking.tags import SPLIT_TAG
@@ -18,13 +19,14 @@ ROOT = Path(__file__).parents[1]
 OWN_FILES = ("qafe", "sweeps", "tracking", "setup.cfg", "pyproject.toml", "constraints.txt")
 """What of a changed tree goes to MLflow: the product's own source, nothing that lies beside it."""
 DIFF_FILE = "source.diff"
-LIBRARIES = ("qafe-net", "torch", "numpy", "ray", "optuna", "mlflow")
+LIBRARIES = ("torch", "numpy", "ray", "optuna", "mlflow")
 
 
 def source_tags() -> dict[str, str]:
     """Git commit (or ``QAFE_SOURCE_COMMIT``, for images without a repository), whether the tree differs from it, and
     versions of the libraries."""
-    tags = {f"version.{name}": version(name) for name in LIBRARIES}
+    tags = {f"version.{installation.NAME}": installation.version()}
+    tags |= {f"version.{name}": version(name) for name in LIBRARIES}
     tags["version.python"] = ".".join(map(str, sys.version_info[:3]))
     if commit := os.environ.get("QAFE_SOURCE_COMMIT"):
         return tags | {"mlflow.source.git.commit": commit}

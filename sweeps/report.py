@@ -22,6 +22,7 @@ from qafe import dotted, metrics
 from qafe.config import PRETRAINED
 from qafe.data.cohort import Cohort, load_cohort
 from qafe.data.dataset import ClipDataset
+from qafe.device import use_own_cores
 from qafe.errors import CheckpointError, QafeError
 from qafe.history import History, read_history
 from qafe.model import weights
@@ -191,6 +192,7 @@ def _score_test(checkpoint: Path, data_root: str, expressions: Sequence[str], gp
     config = dotted.from_json((checkpoint / CONFIG_FILE).read_text())
     cohort = load_cohort(data_root, config.data)
     device = trial_device(gpus)
+    use_own_cores()
     spearman, interval = {}, {}
     for expression in expressions:
         part = cohort.only(expression)

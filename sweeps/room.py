@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from qafe import dotted
+from qafe import allocation, dotted
 from qafe.config import Config
-from qafe.footprint import Estimate, available_bytes, resident_bytes, training_memory
+from qafe.footprint import Estimate, resident_bytes, training_memory
 
 FREE_SHARE = 0.1
 """Of the memory that a trial gets, kept for what the estimate does not see: the GPU's context (some 0.5 GB), scratch
@@ -23,6 +23,8 @@ HEAP_FACTOR = 1.7
 """Heap of a CPU training over its live tensors, where `qafe.memory` keeps what is freed: holes, and what oneDNN
 reorders (measured: 1.64 small, 1.70 paper; see tests/test_footprint.py)."""
 CHECKPOINTED_HEAP_FACTOR = 1.45
+RAYS_UNIT = 1e-4
+"""Ray counts resources in steps of this."""
 SAFE_FACTOR = 4
 """A trial is looked at closely where it would not fit with this many times the baseline's memory a clip: what the
 studies search (fusions, heatmap sizes) changes it less, and the look takes a second or two."""
@@ -46,13 +48,13 @@ def trial_bytes(config: Config, device: torch.device, models: int = 1) -> int:
     return process_bytes(training_memory(config, device), config, device, models)
 
 
-def side_by_side(cpus_per_trial: float, gpus_per_trial: float, trials: int) -> int:
-    """How many trials of a sweep this machine runs at once."""
-    places = int((os.cpu_count() or 1) / cpus_per_trial)
+def side_by_side(cpus: float, gpus: float, cpus_per_trial: float, gpus_per_trial: float) -> int:
+    """How many trials a machine with so many CPUs and GPUs has room for at once; a part of a GPU is of one GPU."""
+    places = int(cpus / cpus_per_trial + RAYS_UNIT)
     if gpus_per_trial > 0:
-        gpus = torch.cuda.device_count()
-        places = min(places, gpus * int(1 / gpus_per_trial) if gpus_per_trial < 1 else int(gpus / gpus_per_trial))
-    return max(1, min(places, trials))
+        of_one = int(1 / gpus_per_trial + RAYS_UNIT)
+        places = min(places, int(gpus) * of_one if gpus_per_trial < 1 else int(gpus / gpus_per_trial))
+    return places
 
 
 def room_bytes(device: torch.device, gpus_per_trial: float, neighbours: int) -> int:
@@ -67,7 +69,7 @@ def room_bytes(device: torch.device, gpus_per_trial: float, neighbours: int) -> 
     if device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory * min(gpus_per_trial, 1.0)
     else:
-        whole = (available_bytes() + sum(map(resident_bytes, _siblings()))) / neighbours
+        whole = (allocation.memory().free + sum(map(resident_bytes, _siblings()))) / neighbours
     return int(whole * (1 - FREE_SHARE))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -34,6 +34,9 @@ from .study import BASELINE, FAILURE, REASON, epochs_of, own_trials, read_study
 WATCHED_S = 2.0
 PLAIN_WIDTH = 160
 """Of tables that go to a file or a pipe."""
+LIST_COLUMNS = ("sweep", "study", "state", "trials", "finished", "pruned", "failed", "best", "hours", "age", "left")
+LEFT_OUT = ("study", "age", "hours", "pruned", "finished", "failed")
+"""Which of them a narrow terminal goes without, one after the other; the names of sweeps are whole in any."""
 COLOURS = {
     "running": "green",
     "starting": "green",
@@ -213,9 +216,9 @@ def _hours(sweep: SweepStatus) -> str:
 def sweep_view(sweep: SweepStatus, height: int | None = None) -> RenderableType:
     """One sweep's trials and totals; those that fit a screen, the latest, where it has a height."""
     table = Table(box=box.SIMPLE, padding=(0, 1))
-    for name in ("trial", "state", "epochs", "Spearman", "settings that differ from the baseline", "why"):
-        table.add_column(name, justify="right" if name in ("trial", "epochs", "Spearman") else "left",
-                         no_wrap=height is not None)  # fmt: skip
+    for name in ("trial", "state", "epochs", "Spearman"):
+        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+    table.add_column("why it ended; settings that differ from the baseline", overflow="fold")
     rows = sweep.trials
     if height is not None and len(rows) > height:
         active = [row for row in rows if row.state in ("running", "starting", "paused")][-height:]
@@ -226,34 +229,64 @@ def sweep_view(sweep: SweepStatus, height: int | None = None) -> RenderableType:
         why = f"{row.failure}: {row.why}" if row.failure and row.why else row.failure or row.why
         score = "" if row.spearman is None else f"{row.spearman:.3f}"
         epochs = f"{row.epochs}/{row.whole}"
-        table.add_row(str(row.number), _coloured(row.state), epochs, score, row.changed, Text(why))
+        more = Text(
+            "; ".join(filter(None, (why, row.changed))),
+            no_wrap=height is not None,
+            overflow="fold" if height is None else "ellipsis",
+        )
+        table.add_row(str(row.number), _coloured(row.state), epochs, score, more)
     title = Text.assemble((f"{sweep.name}  ", "bold"), f"{sweep.study}  ", _coloured(sweep.state))
     return Group(title, table, Text(totals(sweep)))
 
 
-def list_view(sweeps: Sequence[SweepStatus | str]) -> RenderableType:
-    """Many sweeps, a line each; a text stands for one that cannot be read."""
-    table = Table(box=box.SIMPLE, padding=(0, 1))
-    for name in ("sweep", "study", "state", "trials", "finished", "pruned", "failed", "best", "hours", "age", "left"):
-        right = name in ("trials", "finished", "pruned", "failed", "best", "left", "age")
-        table.add_column(name, justify="right" if right else "left")
-    for sweep in sweeps:
+class ListView:
+    """Many sweeps, a line each, with as many columns as the terminal has room for.
+
+    Args:
+        sweeps: a text stands for one that cannot be read.
+    """
+
+    def __init__(self, sweeps: Sequence[SweepStatus | str]) -> None:
+        self.sweeps = sweeps
+
+    def __rich_console__(self, terminal: Console, options: ConsoleOptions) -> RenderResult:
+        shown = list(LIST_COLUMNS)
+        for name in (*LEFT_OUT, None):
+            table = self._table(shown)
+            if (
+                name is None
+                or table.__rich_measure__(terminal, options.update(width=10_000)).maximum <= options.max_width
+            ):
+                break
+            shown.remove(name)
+        yield table
+
+    def _table(self, shown: Sequence[str]) -> Table:
+        table = Table(box=box.SIMPLE, padding=(0, 1))
+        for name in shown:
+            right = name in ("trials", "finished", "pruned", "failed", "best", "left", "age")
+            table.add_column(name, justify="right" if right else "left", no_wrap=name != "sweep", overflow="fold")
+        for sweep in self.sweeps:
+            row = self._row(sweep)
+            table.add_row(*(row.get(name, "") for name in shown))
+        return table
+
+    @staticmethod
+    def _row(sweep: SweepStatus | str) -> dict[str, RenderableType]:
         if isinstance(sweep, str):
-            table.add_row(sweep, "", Text("unreadable", style="red"))
-            continue
+            return {"sweep": sweep, "state": Text("unreadable", style="red")}
         now = sweep.progress
-        table.add_row(
-            sweep.name,
-            sweep.study,
-            _coloured(sweep.state),
-            f"{now.ended}/{now.planned}",
-            *(str(now.counts[state]) for state in ("finished", "pruned", "failed")),
-            f"{now.best[1]:.3f}" if now.best else "",
-            _hours(sweep),
-            "" if sweep.begun is None else duration((datetime.datetime.now() - sweep.begun).total_seconds()),
-            "" if now.left_s is None else duration(now.left_s),
-        )
-    return table
+        return {
+            "sweep": sweep.name,
+            "study": sweep.study,
+            "state": _coloured(sweep.state),
+            "trials": f"{now.ended}/{now.planned}",
+            **{state: str(now.counts[state]) for state in ("finished", "pruned", "failed")},
+            "best": f"{now.best[1]:.3f}" if now.best else "",
+            "hours": _hours(sweep),
+            "age": "" if sweep.begun is None else duration((datetime.datetime.now() - sweep.begun).total_seconds()),
+            "left": "" if now.left_s is None else duration(now.left_s),
+        }
 
 
 def _coloured(state: str) -> Text:
@@ -302,7 +335,7 @@ def _look(storage: Path, name: str | None) -> list[SweepStatus | str]:
 
 
 def _view(found: Sequence[SweepStatus | str], name: str | None, height: int | None = None) -> RenderableType:
-    return sweep_view(found[0], height) if name is not None and isinstance(found[0], SweepStatus) else list_view(found)
+    return sweep_view(found[0], height) if name is not None and isinstance(found[0], SweepStatus) else ListView(found)
 
 
 def _terminal() -> Console:

@@ -52,9 +52,11 @@ from qafe.train import EpochResult, Save, fit
 from .checkpoints import seal
 from .control import AWAY, FULL, Control
 from .monitor import monitor
+from .placement import places_here
+from .plan import Plan
 from .preemption import PREEMPTION
 from .results import DIVERGED, FAILED_AS, FINISHED, NO_SKILL, OBJECTIVE
-from .room import fitting, room_bytes, side_by_side, surely_fits, with_half_the_batch
+from .room import fitting, room_bytes, surely_fits, with_half_the_batch
 from .storage import Storage
 from .study import REASON
 from .sweep import trial_device
@@ -96,6 +98,22 @@ class TrialPlan:
     """What the baseline takes at its fullest, found when the sweep was planned; 0 if it is not known."""
     bucket: str = ""
     """Where workers keep checkpoints that do not see the folder."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> TrialPlan:
+        """What the trials of a planned sweep share."""
+        return cls(
+            base_json=plan.config_json,
+            data_root=plan.data_root,
+            expressions=plan.expressions,
+            threads=max(1, int(plan.cpus_per_trial)),
+            gpus=plan.gpus_per_trial,
+            folder=plan.folder,
+            trials=plan.trials,
+            cpus=plan.cpus_per_trial,
+            baseline_bytes=plan.baseline_bytes,
+            bucket=plan.bucket,
+        )
 
 
 def train_trial(parameters: dict[str, Any], plan: TrialPlan) -> None:
@@ -144,7 +162,7 @@ def _as_fits(config: Config, plan: TrialPlan) -> Config:
         MemoryError: it has none for a single clip.
     """
     device, base = trial_device(plan.gpus), dotted.from_json(plan.base_json)
-    room = room_bytes(device, plan.gpus, side_by_side(plan.cpus, plan.gpus, plan.trials))
+    room = room_bytes(device, plan.gpus, min(places_here(plan.cpus, plan.gpus), plan.trials))
     if surely_fits(config, base, plan.baseline_bytes, room):
         return config
     return fitting(config, device, room, len(plan.expressions))

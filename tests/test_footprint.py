@@ -3,16 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from qafe import footprint
 from qafe.config import Config, small
 from qafe.dotted import override
-from qafe.errors import ConfigError
-from qafe.footprint import _LiveStorages, available_bytes, training_memory
+from qafe.footprint import _LiveStorages, training_memory
 from qafe.losses import build_loss
 from qafe.model.qafenet import build
 from qafe.optim import build_optimizer
@@ -113,29 +110,3 @@ def test_a_process_holds_what_is_foreseen(checkpoint: bool) -> None:
     measured = int(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
     foreseen = trial_bytes(override(small(), settings), torch.device("cpu"))
     assert 0.85 * measured < foreseen < 1.4 * measured
-
-
-@pytest.mark.parametrize(("limit", "free_mb"), [("max", 8000), (str(3000 * 2**20), 2500)])
-def test_the_limit_of_a_container_counts(
-    limit: str, free_mb: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {8000 * 1024} kB\n")
-    (tmp_path / "cgroup").write_text("0::/jobs/one\n")
-    group = tmp_path / "groups"
-    group.mkdir()
-    for name, text in (
-        ("memory.max", limit),
-        ("memory.current", str(900 * 2**20)),
-        ("memory.stat", f"anon 5\ninactive_file {400 * 2**20}"),
-    ):
-        (group / name).write_text(text)
-    monkeypatch.setattr(footprint, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(footprint, "OWN_GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(footprint, "CGROUPS", group)
-    assert available_bytes() == free_mb * 2**20
-
-
-def test_a_system_that_does_not_say_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(footprint, "MEMINFO", tmp_path / "none")
-    with pytest.raises(ConfigError, match="free memory is read from"):
-        available_bytes()

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import secrets
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,9 +61,8 @@ class Accounts:
         database = Database(f"sqlite:///{(home / DATABASE_FILE).resolve()}")
         prepare(database, ACCOUNTS)
         (home / DATABASE_FILE).chmod(0o600)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what MLflow's server imports
-            from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+        from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
         self._store: Any = SqlAlchemyStore()
         self._store.init_db(database.uri)
 

@@ -21,6 +21,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from qafe.errors import TrackingError
+from qafe.filesystem import check_database
 
 EMBEDDED_FILE = "mlflow.db"
 for name in ("mlflow", "alembic"):  # they announce every step of a first migration
@@ -80,6 +81,7 @@ def connect(uri: str | None = None, *, create: bool = True) -> MlflowClient:
     Raises:
         TrackingError: nothing answers at the URI, it is not one that MLflow knows, the account is not one that the
             server knows, or the store is of another MLflow and cannot be migrated now.
+        ConfigError: a SQLite file to write to is on a network file system.
     """
     from . import database, migrate  # late: they need what stands above
 
@@ -90,6 +92,8 @@ def connect(uri: str | None = None, *, create: bool = True) -> MlflowClient:
             f"there is no tracking store at {file}; go to the sweep's folder or name --tracking-uri / "
             "MLFLOW_TRACKING_URI."
         )
+    if create:  # who only reads may take what is there to another place
+        check_place(resolved, "--tracking-uri or MLFLOW_TRACKING_URI")
     if resolved.startswith(("sqlite:", "postgresql")):
         migrate.prepare(database.Database(resolved))
     try:
@@ -127,6 +131,16 @@ def refused(err: MlflowException, uri: str | None = None) -> TrackingError | Non
         f"this needs a permission that {account} does not have on {place} (403). Ask its administrator for it "
         "(python -m tracking.server user grant)."
     )
+
+
+def check_place(uri: str, flag: str) -> None:
+    """Refuses a SQLite database that is not on a disk of this machine; any other URI is fine.
+
+    Raises:
+        ConfigError: it is on a network file system.
+    """
+    if match := re.fullmatch(r"sqlite(?:\+\w+)?:///(?!:memory:|file:)([^?]+).*", uri):
+        check_database(Path(match[1]), flag)
 
 
 def embedded_path(uri: str) -> Path | None:

@@ -332,10 +332,12 @@ def _list(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
-    names = ["model", "version", "alias", "sweep", "validation_spearman", "test_spearman"]
-    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) if rows else len(name) for name in names}
-    for row in [{name: name for name in names}, *rows]:
-        print("  ".join(str(row[name]).ljust(widths[name]) for name in names).rstrip())
+    # Spearman of both kinds; the names are short, so that a row fits into 80 columns.
+    names = ("model", "version", "alias", "sweep", "validation_spearman", "test_spearman")
+    titles = {name: name.removesuffix("_spearman") for name in names}
+    widths = {name: max(len(str(row[name])) for row in [titles, *rows]) for name in titles}
+    for row in [titles, *rows]:
+        print("  ".join(str(row[name]).ljust(widths[name]) for name in titles).rstrip())
     return 0
 
 

@@ -21,9 +21,10 @@ import mlflow
 
 from qafe import console
 from qafe.errors import TrackingError
+from qafe.filesystem import check_database
 
 from . import accounts, backup, gc, process
-from .connection import EMBEDDED_FILE
+from .connection import EMBEDDED_FILE, check_place
 from .database import ARTIFACTS_FOLDER, HOME_FOLDER, Database, named
 from .migrate import prepare
 
@@ -93,12 +94,15 @@ def command(
 def _with_command(argv: Sequence[str] | None) -> list[str]:
     words = list(sys.argv[1:] if argv is None else argv)
     first = next((word for word in words if word != "--debug"), "--")
-    return ["start", *words] if first.startswith("-") and first not in ("-h", "--help") else words
+    return ["start", *words] if first.startswith("-") and first not in ("-h", "--help", "--version") else words
 
 
 def _start(options: argparse.Namespace) -> int:
     database, artifacts, home = named(options.backend), _artifacts(options), _home(options)
     _check_address(options)
+    check_place(database.uri, "--backend")
+    if options.auth:
+        check_database(home, "--home: the accounts")
     accounts.own_folder(home)
     with open(home / ".lock", "w") as lock:  # inherited by no server: it is closed before one runs on
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -110,7 +114,8 @@ def _start(options: argparse.Namespace) -> int:
         _check_port(options)
         prepare(database)
         own = ENVIRONMENT | (accounts.environment(home) if options.auth else {})
-        environment = {name: value for name, value in os.environ.items() if name != accounts.ADMIN_PASSWORD_VARIABLE}
+        quiet = {} if options.debug else {"PYTHONWARNINGS": "ignore"}  # of libraries, about others
+        environment = quiet | {n: value for n, value in os.environ.items() if n != accounts.ADMIN_PASSWORD_VARIABLE}
         line = command(database.uri, artifacts, options.host, options.port, options.allowed_hosts, options.auth)
         pid = process.start_in_background(line, environment | own, home) if options.background else os.getpid()
         state = process.State(

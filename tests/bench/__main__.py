@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from rich.console import Console
 from rich.table import Table
 
-from qafe import console
+from qafe import allocation, console
 from qafe.errors import ConfigError
 
 from . import recorded
@@ -109,7 +109,7 @@ def _run(options: argparse.Namespace) -> int:
         check(options.published)
     if options.device is not None and options.subject not in (None, *ON_A_DEVICE):
         raise ConfigError(f"--device is for {' and '.join(ON_A_DEVICE)}, got {options.subject}. Leave it away.")
-    machine: dict[str, object] = {"processor": _processor(), "cores": os.cpu_count()}
+    machine: dict[str, object] = {"processor": _processor(), "cores": allocation.cores()}
     wide = Console(width=max(Console().width, 140))
     if options.subject == "growth":
         series = growth(preset=options.preset or "small")

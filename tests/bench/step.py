@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qafe import allocation
 from qafe.errors import ConfigError, QafeError
 
 from .rounds import Found, Row
@@ -128,12 +129,7 @@ def _no_batch4(preset: str, wanted: bool) -> str | None:
 
 def available_gb() -> float:
     """Memory that processes can still get here."""
-    path = Path("/proc/meminfo")
-    if not path.is_file():
-        return 0.0
-    return (
-        next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("MemAvailable")) / 2**20
-    )
+    return allocation.memory().free / 2**30
 
 
 def _row(what: str, ours: list[dict[str, float]], rival: list[dict[str, float]], rival_name: str) -> Row:

@@ -1,6 +1,7 @@
 """What a sweep would cost and whether it fits: dry run, memory, budget."""
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -12,14 +13,14 @@ import pytest
 import torch
 
 import sweeps.draft
-import sweeps.estimate
 import sweeps.room
 from qafe.config import Config, tiny
 from qafe.dotted import flatten, from_json, override
-from sweeps.calibration import Timing
+from qafe.footprint import training_memory
+from sweeps.calibration import Machine, Timing
 from sweeps.command import _parser, main
 from sweeps.draft import draft_plan
-from sweeps.estimate import Cost, calibrate, describe_space, draw_configs, simulate
+from sweeps.estimate import Calibration, Cost, describe_space, draw_configs, simulate
 from sweeps.plan import Plan
 from sweeps.progress import SECONDS
 from sweeps.results import OBJECTIVE
@@ -88,21 +89,35 @@ def test_draws_begin_with_the_baseline(plan: Plan) -> None:
     assert len({str(flatten(config)) for config in drawn}) == 6
 
 
-def test_a_calibration_measures_the_baseline_beside_others(plan: Plan) -> None:
-    found, start_s = calibrate(plan, STUDY, seconds=1.0, config_seconds=1.0)
-    assert len(found) >= side_by_side(1, 0, 8)
-    assert found[0].number == 0
-    assert start_s > 0
-    for one in found:
-        assert 0 < one.epoch_s < 60
-        assert one.save_s > 0
-        assert 100 < one.peak_memory_mb < 4000
+@pytest.mark.parametrize(
+    ("machine", "per_trial", "expected"),
+    [
+        ((8, 0), (1, 0), 8),
+        ((8, 0), (3, 0), 2),
+        ((1, 0), (2, 0), 0),
+        ((8, 2), (1, 1), 2),
+        ((1, 2), (1, 1), 1),
+        ((8, 0), (1, 1), 0),
+        ((8, 2), (1, 0.4), 4),  # two on each GPU: none has parts of both
+        ((8, 3), (1, 2), 1),
+        ((64, 8), (0.1, 0.1), 80),  # 1 / 0.1 is a little less than 10 for some tenths
+        ((3, 0), (0.3, 0), 10),
+    ],
+)
+def test_trials_have_their_place_on_one_machine(
+    machine: tuple[float, float], per_trial: tuple[float, float], expected: int
+) -> None:
+    assert side_by_side(*machine, *per_trial) == expected
 
 
 def test_a_dry_run_says_it_all_and_writes_nothing(
     sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sweeps.estimate, "calibrate", lambda *_: ([timing(), timing(3.0)], 4.0))
+    config = override(tiny(), {"train.batch_size": 4})
+    machine = Machine(device="cpu", load=0.5, step=training_memory(config), process_mb=500.0, room_mb=900.0)
+    found = Calibration([timing(), timing(3.0)], [machine, machine], 4.0)
+    monkeypatch.setattr("sweeps.estimate.calibrate", lambda *_: found)
+    monkeypatch.setattr("sweeps.estimate._ray", lambda _: contextlib.nullcontext())
     monkeypatch.chdir(tmp_path)
     flags = ["--dry-run", "--trials", "5", "--budget-gpu-hours", "0.001", "--storage", str(tmp_path / "storage")]
     line = ["fusion_search", "--data-root", str(sample_root), "--preset", "tiny", *QUICK_FLAGS]

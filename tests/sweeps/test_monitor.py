@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from qafe.allocation import Memory
 from sweeps.monitor import Monitor, monitor
 
 
@@ -23,14 +24,19 @@ def test_means_have_the_names_of_mlflows_own_page() -> None:
 
 def test_what_is_taken_is_a_mean_of_all_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Monitor()
-    memory = iter((10.0, 20.0, 60.0))
-    look = SimpleNamespace(used=2e6)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(used=look.used, percent=next(memory)))
+    free = iter((900, 800, 400))
+    monkeypatch.setattr("qafe.allocation.memory", lambda: Memory(total=1000, free=next(free)))
     found.look()
     found.look()
     assert found.take()["system/system_memory_usage_percentage"] == 15.0
     found.look()
     assert found.take()["system/system_memory_usage_percentage"] == 60.0
+
+
+def test_only_our_own_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", lambda percpu: [0.0, 80.0, 40.0, 0.0])
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {1, 2})
+    assert Monitor().take()["system/cpu_utilization_percentage"] == 60.0
 
 
 class FakeNvml:

@@ -65,6 +65,7 @@ def test_it_starts_in_the_background_and_ends_when_told(
         assert "mlflow" in line
         assert main(["start", "--port", str(free_port())]) == 2
         assert f"one runs at http://127.0.0.1:{port} already (pid {facts['pid']}" in capsys.readouterr().err
+        assert "Warning" not in (home / "server.log").read_text(), "of libraries, about each other"
         family = psutil.Process(facts["pid"]).children(recursive=True)
         assert family
     finally:
@@ -153,6 +154,7 @@ def test_the_command_serves_the_embedded_store(tmp_path: Path) -> None:
         assert server_process.stderr is not None
         assert f"http://127.0.0.1:{port}" in server_process.stderr.readline()
         for line in server_process.stderr:
+            assert "Warning" not in line, "of libraries, about each other"
             if "Uvicorn running" in line:  # startup is complete before the port is open
                 break
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
