@@ -117,7 +117,7 @@ def test_a_dry_run_says_it_all_and_writes_nothing(
     machine = Machine(device="cpu", load=0.5, step=training_memory(config), process_mb=500.0, room_mb=900.0)
     found = Calibration([timing(), timing(3.0)], [machine, machine], 4.0)
     monkeypatch.setattr("sweeps.estimate.calibrate", lambda *_: found)
-    monkeypatch.setattr("sweeps.estimate._ray", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("sweeps.estimate.joined", lambda _: contextlib.nullcontext())
     monkeypatch.chdir(tmp_path)
     flags = ["--dry-run", "--trials", "5", "--budget-gpu-hours", "0.001", "--storage", str(tmp_path / "storage")]
     line = ["fusion_search", "--data-root", str(sample_root), "--preset", "tiny", *QUICK_FLAGS]
