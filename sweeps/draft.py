@@ -29,7 +29,17 @@ from .folder import PLAN_FILE, free_name, is_url, name_taken
 from .plan import KEPT_CHECKPOINTS, Plan
 from .resuming import sha256_of
 from .room import fitting, room_bytes, side_by_side, trial_bytes
-from .study import DIRECTIONS, GRID, LEARNERS, Objective, Sampler, Scheduler, make_sampler, whole_url
+from .study import (
+    DIRECTIONS,
+    GRID,
+    LEARNERS,
+    Objective,
+    Sampler,
+    Scheduler,
+    check_study_storage,
+    make_sampler,
+    whole_url,
+)
 from .sweep import Sweep, trial_device
 from .warm_start import find_sweeps
 
@@ -47,6 +57,8 @@ def make_plan(options: argparse.Namespace, sweep: Sweep, storage: Path) -> Plan:
     """
     plan = draft_plan(options, sweep, storage)
     client = connect(plan.tracking_uri)
+    if plan.study_storage:
+        check_study_storage(plan.study_storage)
     load_key()  # a damaged key is found now, not after the first trial
     if options.name and sweep_exists(client, options.name):
         raise name_taken(options.name, masked(plan.tracking_uri))

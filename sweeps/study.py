@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import optuna
+import sqlalchemy
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -128,10 +129,7 @@ def open_study(plan: Plan) -> optuna.Study:
         except Exception as err:  # SQLAlchemy and the database's driver raise almost anything
             if not plan.study_storage:
                 raise
-            raise ConfigError(
-                f"the study's storage must answer, got {type(err).__name__} (--study-storage). Start the database, "
-                "or leave it out for a file in the sweep's folder."
-            ) from err
+            raise _no_storage(err) from err
         if study.user_attrs.get(SWEEP_ID, plan.id) != plan.id:
             raise ConfigError(
                 f"a study belongs to one sweep, another sweep's {plan.name} is in that database (--study-storage). "
@@ -144,6 +142,42 @@ def open_study(plan: Plan) -> optuna.Study:
         epochs = dotted.from_json(plan.config_json).train.epochs
         study.pruner = PRUNERS[plan.scheduler](min(plan.grace_epochs, epochs), epochs)
     return study
+
+
+def check_study_storage(url: str) -> None:
+    """Refuses a database that a study cannot be kept in; writes nothing to it.
+
+    Raises:
+        ConfigError: its kind is not known, its driver is not installed, or it does not answer.
+    """
+    try:
+        engine = sqlalchemy.create_engine(url)
+        if engine.dialect.name != "sqlite":  # which would make the file
+            engine.connect().close()
+    except Exception as err:  # SQLAlchemy and the database's driver raise almost anything
+        raise _no_storage(err) from err
+
+
+def _no_storage(err: Exception) -> ConfigError:
+    """The error of a database, by what it really lacks; its own message may hold a password."""
+    leave = "or leave it out for a file in the sweep's folder."
+    # Optuna raises ImportError where SQLAlchemy finds no driver, and ValueError where it cannot read the URL.
+    causes = [cause for cause in (err, err.__cause__, err.__context__) if cause is not None]
+    if missing := next((cause.name for cause in causes if isinstance(cause, ImportError) and cause.name), ""):
+        return ConfigError(
+            f"the study's database needs a Python module that is not installed: {missing} (--study-storage). Install "
+            f"the package that has it, {leave}"
+        )
+    bad = (ImportError, sqlalchemy.exc.NoSuchModuleError, sqlalchemy.exc.ArgumentError)
+    if any(isinstance(cause, bad) for cause in causes):
+        return ConfigError(
+            f"the study's storage must be a URL that SQLAlchemy knows, got {type(err).__name__} (--study-storage). "
+            f"Write postgresql://USER@HOST/NAME, {leave}"
+        )
+    return ConfigError(
+        f"the study's database must answer, got {type(err).__name__} (--study-storage). Start it, look at its address "
+        f"and account, {leave}"
+    )
 
 
 def read_study(folder: Path, name: str, study_storage: str = "") -> optuna.Study | None:

@@ -24,6 +24,8 @@ from qafe.errors import TrackingError
 from qafe.filesystem import check_database
 
 EMBEDDED_FILE = "mlflow.db"
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+"""What MLflow takes as a tracking store, and this project with it."""
 for name in ("mlflow", "alembic"):  # they announce every step of a first migration
     logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -102,12 +104,32 @@ def connect(uri: str | None = None, *, create: bool = True) -> MlflowClient:
     except Exception as err:  # MLflow and its database drivers raise almost anything
         if isinstance(err, MlflowException) and (refusal := refused(err, resolved)):
             raise refusal from err
+        if missing := _missing_module(err):
+            raise TrackingError(
+                f"the tracking store {masked(resolved)} needs a Python module that is not installed: {missing} "
+                "(--tracking-uri or MLFLOW_TRACKING_URI). Install the package that has it, or unset the URI for an "
+                "embedded store."
+            ) from err
+        if resolved.partition(":")[0].partition("+")[0] not in SCHEMES:
+            raise TrackingError(
+                f"a tracking store is {', '.join(SCHEMES)}, got {masked(resolved)} (--tracking-uri or "
+                "MLFLOW_TRACKING_URI). Correct it, or unset it for an embedded store."
+            ) from err
         raise TrackingError(
             f"the tracking server must answer, got no answer from {masked(resolved)} (--tracking-uri or "
             f"MLFLOW_TRACKING_URI; {type(err).__name__}). Start it with python -m tracking.server, or unset the URI "
             "for an embedded store."
         ) from err
     return client
+
+
+def _missing_module(err: BaseException | None) -> str:
+    """The module whose absence has led to an error; empty if none has."""
+    while err is not None:
+        if isinstance(err, ImportError) and err.name:
+            return err.name
+        err = err.__cause__ or err.__context__
+    return ""
 
 
 def refused(err: MlflowException, uri: str | None = None) -> TrackingError | None:

@@ -5,21 +5,16 @@ process's first use.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
-Codegen = tuple[object, Callable[..., object]]
-"""What Numba asks of an intrinsic: its signature, and what writes its instructions."""
 
 _TINY = np.finfo(np.float32).tiny
 
@@ -31,59 +26,6 @@ def _compiled(function: Function) -> Function:
     (Numba 0.68), and a third process then runs the wrong one.
     """
     return cast(Function, numba.njit(nogil=True, error_model="numpy")(function))
-
-
-_PIXELS = 16
-"""That are normalised at a time: their numbers fill whole cache lines, which `_stream` needs."""
-
-
-def _stream(order: Sequence[int]) -> Callable[..., None]:
-    """A function that normalises 16 pixels of three colours, past the caches: what is written is not read first.
-
-    A clip's numbers fill 48 MB, which are gone from the caches before the model asks for them.
-
-    Args:
-        order: in which the 48 levels are taken.
-    """
-    lanes = len(order)
-
-    # levels: uint8 [L], read from `first` on; scale, shift: float32 [48]; out: float32 [M], written from `place` on,
-    # which must lie at a whole cache line.
-    def stream(_: Any, levels: Any, first: Any, scale: Any, shift: Any, out: Any, place: Any) -> Codegen:
-        def instructions(context: Any, builder: Any, signature: Any, arguments: Any) -> object:
-            def vector(array: int, element: Any, start: Any) -> Any:
-                data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
-                return builder.bitcast(builder.gep(data, [start]), ir.VectorType(element, lanes).as_pointer())
-
-            byte, number, zero = ir.IntType(8), ir.FloatType(), ir.Constant(ir.IntType(64), 0)
-            loaded = builder.load(vector(0, byte, arguments[1]), align=1)
-            taken = ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(order))
-            level = builder.uitofp(builder.shuffle_vector(loaded, loaded, taken), ir.VectorType(number, lanes))
-            scaled = builder.fmul(level, builder.load(vector(2, number, zero), align=4))
-            shifted = builder.fadd(scaled, builder.load(vector(3, number, zero), align=4))
-            stored = builder.store(shifted, vector(4, number, arguments[5]), align=64)
-            stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
-            return context.get_dummy_value()
-
-        return types.void(levels, first, scale, shift, out, place), instructions
-
-    return cast(Callable[..., None], intrinsic(stream))
-
-
-_stream_as_stored = _stream(range(3 * _PIXELS))
-_stream_mirrored = _stream([3 * pixel + colour for pixel in reversed(range(_PIXELS)) for colour in range(3)])
-
-
-def _fence(_: Any) -> Codegen:
-    def instructions(context: Any, builder: Any, signature: Any, arguments: Any) -> object:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), instructions
-
-
-_streamed = cast(Callable[[], None], intrinsic(_fence))
-"""Other threads see what was streamed before this."""
 
 
 @_compiled
@@ -111,32 +53,22 @@ def scale_and_shift(
     """
     # Rows by themselves would be arrays, each made at some cost.
     levels, numbers = video.reshape(video.size), out.reshape(out.size)
-    length, block, place = 3 * out.shape[2], 3 * _PIXELS, 0
+    length, place = 3 * out.shape[2], 0
     scales, shifts = np.empty(length, np.float32), np.empty(length, np.float32)
     for x in range(length):
         scales[x], shifts[x] = scale[x % 3], shift[x % 3]
-    streams = length % block == 0 and out.ctypes.data % 64 == 0
     for index in indices:
         for y in range(out.shape[1]):
             first = 3 * ((index * video.shape[1] + top + y) * video.shape[2] + left)
-            end = first + length
-            if streams and flip:
-                for x in range(0, length, block):
-                    _stream_mirrored(levels, end - block - x, scales, shifts, numbers, place + x)
-            elif streams:
-                for x in range(0, length, block):
-                    _stream_as_stored(levels, first + x, scales, shifts, numbers, place + x)
-            else:
-                stored, row = levels[first:end], numbers[place : place + length]
-                for x in range(length):
-                    row[x] = stored[x] * scales[x] + shifts[x]
-                if flip:
-                    for x in range(0, length // 2, 3):
-                        for colour in range(3):
-                            here, there = x + colour, length - 3 - x + colour
-                            row[here], row[there] = row[there], row[here]
+            stored, row = levels[first : first + length], numbers[place : place + length]
+            for x in range(length):
+                row[x] = stored[x] * scales[x] + shifts[x]
+            if flip:
+                for x in range(0, length // 2, 3):
+                    for colour in range(3):
+                        here, there = x + colour, length - 3 - x + colour
+                        row[here], row[there] = row[there], row[here]
             place += length
-    _streamed()
 
 
 @_compiled

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import RGBEncoderConfig
 from .batchnorm import BatchNorm2d, statistics_kept
-from .convolution import Conv1x1, Conv3x3
+from .convolution import Conv1x1
 from .pooling import max_pool
 from .transformer import TransformerBlock, init_conv
 
@@ -25,9 +25,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
         super().__init__()
-        self.conv1 = Conv3x3(in_channels, out_channels, stride=stride)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = BatchNorm2d(out_channels)
-        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = BatchNorm2d(out_channels)
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:

@@ -130,3 +130,26 @@ def test_a_diff_of_the_source_has_the_products_own_files_alone(tmp_path: Path, m
     diff = (tmp_path / "source" / "source.diff").read_text()
     assert "sweeps/provenance.py" in diff
     assert "labels" not in diff
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("mysql://x/y", "needs a Python module that is not installed: MySQLdb"),
+        ("nonsense://x/y", "must be a URL that SQLAlchemy knows, got NoSuchModuleError"),
+        ("words", "must be a URL that SQLAlchemy knows, got ArgumentError"),
+        ("postgresql://me:secret@127.0.0.1:PORT/y", "must answer, got OperationalError"),
+    ],
+)
+def test_a_studys_database_is_refused_for_what_it_lacks(
+    url: str, words: str, sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["fusion_search", "--data-root", str(sample_root), "--storage", str(tmp_path / "storage"), "--name", "s"]
+    line += ["--preset", "tiny", "--tracking-uri", embedded(tmp_path), "--study-storage"]
+    assert main([*line, url.replace("PORT", str(free_port()))]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert "secret" not in said
+    assert not (tmp_path / "storage").exists()
