@@ -78,7 +78,7 @@ def joined(address: str | None) -> Iterator[Gone]:
 def _no_answer(address: str, err: Exception) -> ConfigError:
     return ConfigError(
         f"a Ray cluster must answer at --address, got {type(err).__name__} from {address} "
-        f"({' '.join(str(err).split())}). Start one with ray start --head, or leave --address out."
+        f"({' '.join(str(err).split())}). Start a cluster with ray start --head, or leave --address out."
     )
 
 

@@ -91,9 +91,8 @@ class RefreshReport(Callback):
         try:
             self._draw()
         except Exception as err:  # a chart that fails must not end a sweep
-            if self._closed:
-                return
-            logger.warning("the report is not refreshed: %s: %s", type(err).__name__, err)
+            if not self._closed:
+                logger.warning("the report is not refreshed: %s: %s", type(err).__name__, err)
         self._cost_s = self.cpu_clock() - began
         self.cpu_s += self._cost_s
         self.count += 1

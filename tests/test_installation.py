@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -21,9 +22,9 @@ COMMANDS = [
 ]
 
 
-def run(python: Path | str, *line: str) -> subprocess.CompletedProcess[str]:
+def run(python: Path | str, *line: str, clone: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([python, *line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    return subprocess.run([python, *line], cwd=clone, env=environment, capture_output=True, text=True, timeout=400)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -34,7 +35,7 @@ def test_each_command_says_its_version(command: str) -> None:
 
 def test_these_are_all_commands() -> None:
     found = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__").replace("command", "run")
         for room in ("qafe", "sweeps", "tracking")
         for path in (ROOT / room).rglob("*.py")
         if re.search(r"console\.run\(", path.read_text())
@@ -83,8 +84,11 @@ def test_a_clone_that_was_never_installed_sweeps_registers_and_scores(
         if "qafe" not in path.name:
             (links / path.name).symlink_to(path)
     (packages / "libraries.pth").write_text(f"{links}\n")
-    python = tmp_path / "venv" / "bin" / "python"
-    assert run(python, "-m", "qafe", "--version").stdout == f"qafe-net {version()}+clone\n"
+    python, clone = tmp_path / "venv" / "bin" / "python", tmp_path / "clone"
+    for room in ("qafe", "sweeps", "tracking"):
+        shutil.copytree(ROOT / room, clone / room)
+    shutil.copy(ROOT / "setup.cfg", clone)  # and not what pip has noted beside it
+    assert run(python, "-m", "qafe", "--version", clone=clone).stdout == f"qafe-net {version()}+clone\n"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     clip = next((sample_root / "frames").glob("*/*smile*"))
     flags = ["--data-root", str(sample_root), "--preset", "tiny", *QUICK_FLAGS, "--trials", "1"]
@@ -93,6 +97,6 @@ def test_a_clone_that_was_never_installed_sweeps_registers_and_scores(
         ["tracking.registry", "register", "--sweep", "fusion_search-1"],
         ["qafe", "score", str(clip), "--model", "models:/qafe-net/1"],
     ):
-        done = run(python, "-m", *line)
+        done = run(python, "-m", *line, clone=clone)
         assert done.returncode == 0, done.stderr
     assert re.match(r"-?\d\.\d{6} ", done.stdout)

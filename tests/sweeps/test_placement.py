@@ -48,8 +48,10 @@ def line(data_root: Path, folder: Path, *flags: str) -> list[str]:
 
 
 DRY_RUN = """
-import sys
-import sweeps.run  # before Ray, for which it sets the environment
+import os, sys
+from sweeps import command
+if "--address" not in sys.argv:  # Ray reads its environment when it is imported
+    os.environ.update(command.QUIET | command.ALONE | {"RAY_AUTH_TOKEN": "0" * 64})
 from sweeps import estimate
 
 def briefly(plan, sweep, measured=estimate.calibrate):
@@ -57,7 +59,7 @@ def briefly(plan, sweep, measured=estimate.calibrate):
     return measured(plan, sweep, seconds=1.0, config_seconds=1.0)
 
 estimate.calibrate = briefly
-sys.exit(sweeps.run.main(sys.argv[1:]))
+sys.exit(command.main(sys.argv[1:]))
 """
 
 
