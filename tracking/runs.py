@@ -20,7 +20,7 @@ from mlflow.entities import Run
 from qafe import console
 from qafe.errors import TrackingError
 
-from .connection import masked
+from .connection import masked, resolve_uri
 from .sender import Sender
 from .spool import Spool
 from .tags import STATE_TAG, SWEEP_ID_TAG, SWEEP_ITSELF, SWEEP_TAG, TRIAL_TAG, TrialState
@@ -93,9 +93,11 @@ class Replayed(NamedTuple):
     """Entries that the server will not take, or whose files cannot be made: they stay set aside."""
 
 
-def replay(spool_path: Path) -> Replayed:
+def replay(spool_path: Path, uri: str | None = None) -> Replayed:
     """Sends what a spool still holds to its own store, and what was set aside before.
 
+    Args:
+        uri: where that store is now, if it has moved.
     Raises:
         TrackingError: there is no such spool, another process sends it, or the server does not answer.
     """
@@ -103,7 +105,7 @@ def replay(spool_path: Path) -> Replayed:
         raise TrackingError(f"a spool is a file that a sweep left, got {spool_path}. Name a sweep's {SPOOL_FILE}.")
     spool = Spool(spool_path)
     try:
-        sender = Sender(spool)
+        sender = Sender(spool, None if uri is None else resolve_uri(uri))
         sender.send_refused()
         sent = sender.send_all()
         return Replayed(sent, len(spool.refused()))
@@ -116,11 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = console.parser("python -m tracking.runs", "Send what a sweep could not send to its tracking server.")
     parser.add_argument("command", choices=["replay"])
     parser.add_argument("spool", type=Path, help=f"{SPOOL_FILE} in a sweep's folder")
+    parser.add_argument("--tracking-uri", help="where the sweep's MLflow store is now (default: where it was)")
     return console.run(_main, parser, argv)
 
 
 def _main(options: argparse.Namespace) -> int:
-    print(json.dumps(replay(options.spool)._asdict()))
+    print(json.dumps(replay(options.spool, options.tracking_uri)._asdict()))
     return 0
 
 

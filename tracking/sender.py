@@ -68,6 +68,10 @@ class RunDeleted(MlflowException):
 class Sender:
     """Turns a spool's entries into MLflow runs.
 
+    Args:
+        spool: what is to be sent.
+        uri: where its store is now, if that has moved.
+
     Attributes:
         runs: MLflow's run ids by trial; the sweep's own under ``""``.
         ended: trials whose end, with all files, has been sent.
@@ -75,8 +79,9 @@ class Sender:
         given_up: set when the rest is left to a replay, which must be the only one to send it.
     """
 
-    def __init__(self, spool: Spool) -> None:
+    def __init__(self, spool: Spool, uri: str | None = None) -> None:
         self.spool = spool
+        self._uri = uri
         self.runs: dict[str, str] = {}
         self.ended: set[str] = set()
         self.experiment_id = ""
@@ -253,9 +258,10 @@ class Sender:
     def _connected(self) -> MlflowClient:
         if self._client is None:
             opened = self._opening()
-            client = connect(opened["uri"])
+            uri = self._uri or opened["uri"]
+            client = connect(uri, create=False) if self._uri else connect(uri)
             name = self._guard_of_sweep().text(opened["experiment"])
-            self.experiment_id = experiment_id(client, name, opened["uri"])
+            self.experiment_id = experiment_id(client, name, uri)
             self._client = client
         return self._client
 

@@ -320,6 +320,25 @@ def test_a_sweep_that_was_moved_sends_its_files(
     assert {run.info.status for run in runs_of(uri).values()} == {"FINISHED"}
 
 
+def test_a_replay_finds_a_store_that_has_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = embedded(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tracking.sender.connect", lambda _: 1 / 0)
+        tracker = open_tracker(tmp_path / "sweep", uri)
+        tracker.trial_started("0", 0, {})
+        tracker.epoch("0", 1, {"spearman": 0.5})
+        tracker.sweep_ended("finished")
+        assert tracker.close(patience_s=0.1) == 5
+    MlflowClient(uri).search_experiments()  # makes the store
+    (tmp_path / "mlflow.db").rename(tmp_path / "moved.db")
+    spool = str(tmp_path / "sweep" / "tracking.jsonl")
+    assert main(["replay", spool, "--tracking-uri", f"sqlite:///{tmp_path}/gone.db"]) == 2
+    assert "there is no tracking store" in capsys.readouterr().err
+    assert main(["replay", spool, "--tracking-uri", f"sqlite:///{tmp_path}/moved.db"]) == 0
+    assert set(runs_of(f"sqlite:///{tmp_path}/moved.db")) == {"s-1", "s-1-000"}
+    assert not (tmp_path / "mlflow.db").exists()
+
+
 def test_files_of_the_sweep_that_are_gone_do_not_hold_its_end_up(tmp_path: Path) -> None:
     uri = embedded(tmp_path)
     tracker = open_tracker(tmp_path, uri)
