@@ -233,7 +233,7 @@ class KeepCheckpoints(Callback):
 
 class WaitForRoom(Callback):
     """Waits while the disk is full, before the study or the spool is written to; says so once, and when it is over.
-    Says the same of data that trials wait for."""
+    Says the same of a folder that trials wait for."""
 
     def __init__(self, control: Control) -> None:
         self.control = control
@@ -247,9 +247,9 @@ class WaitForRoom(Callback):
             self._tell(True)
             time.sleep(ROOM_POLL_S)
         self._tell(self.control.waiting_for_room)
-        if (why := self.control.waiting_for_data) != self._data:
+        if (why := self.control.waiting_for_a_folder) != self._data:
             self._data = why
-            say(f"trials wait for their data, nothing is lost: {why}." if why else "the data can be read again.")
+            say(f"trials wait, nothing is lost: {why}." if why else "what trials waited for is there again.")
 
     def _tell(self, full: bool) -> None:
         if full != self._said:

@@ -88,8 +88,8 @@ class Control:
         return any(wish.startswith(FULL + "-") for wish in self._now())
 
     @property
-    def waiting_for_data(self) -> str:
-        """Why trials cannot read their data just now; empty if they can."""
+    def waiting_for_a_folder(self) -> str:
+        """Why trials cannot read their data, or write to the sweep's folder, just now; empty if they can."""
         for wish in sorted(self._now()):
             if wish.startswith(AWAY + "-"):
                 with contextlib.suppress(OSError):

@@ -339,9 +339,9 @@ def _keep(
     epoch = next(iter(results.values())).epoch
     # Workers that have a bucket may not see the folder, or not be allowed to write there.
     control = Control(storage.folder) if not storage.bucket or os.access(storage.folder, os.W_OK) else None
-    full = f"{FULL}-{number}"
+    full, lost = f"{FULL}-{number}", f"{AWAY}-{number}"
     while True:
-        away = False
+        away, why = False, ""
         try:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
@@ -361,13 +361,16 @@ def _keep(
             away, trouble = storage.waits(err), trouble_of(err)
             if not away and (control is None or trouble is None or trouble.cure != "wait"):
                 raise
+            if trouble is not None and err.errno not in (errno.ENOSPC, errno.EDQUOT):
+                why = trouble.words
         if control is not None and not away:
             with contextlib.suppress(OSError):
-                control.wish(full)
+                control.wish(lost if why else full, why)
         heed()
         time.sleep(ROOM_POLL_S)
     if control is not None:
         control.withdraw(full)
+        control.withdraw(lost)
     if storage.bucket:  # the driver would wait for each answer
         storage.drop_old(number, RUNNING_CHECKPOINTS)
 

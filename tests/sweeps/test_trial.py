@@ -79,7 +79,7 @@ def test_what_time_can_cure_is_waited_for(
     tries: list[Path] = []
 
     def wait(seconds: float) -> None:
-        assert TROUBLES[number].words == Control(tmp_path).waiting_for_data
+        assert TROUBLES[number].words == Control(tmp_path).waiting_for_a_folder
         waited.append(seconds)
 
     def train(parameters: object, plan: object, config: object, away: Away) -> None:
@@ -93,7 +93,7 @@ def test_what_time_can_cure_is_waited_for(
     assert told_of(quick, monkeypatch, train, str(tmp_path)) == []
     assert len(tries) == 3
     assert waited
-    assert Control(tmp_path).waiting_for_data == ""
+    assert Control(tmp_path).waiting_for_a_folder == ""
 
 
 def test_data_that_was_there_is_waited_for(quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,3 +294,31 @@ def test_a_preempted_trial_goes_on_in_the_middle_of_its_epoch(
         assert told == undisturbed
         assert again.looks == 2 * epoch - (nth - 1), "only the rest is trained"
         assert not preempted(folder, 0).exists()
+
+
+def test_a_trial_waits_for_a_sweeps_folder_that_is_away(
+    quick: Config, sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    reported: list[int] = []
+
+    def report(result: dict[str, Any], checkpoint: Any) -> None:
+        if not waited:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        reported.append(result["epoch"])
+
+    def wait(seconds: float) -> None:
+        assert Control(tmp_path).waiting_for_a_folder == TROUBLES[errno.ESTALE].words
+        assert not Control(tmp_path).waiting_for_room
+        waited.append(seconds)
+
+    monkeypatch.setattr(trial.time, "sleep", wait)
+    monkeypatch.setattr(trial.tune, "report", report)
+    monkeypatch.setattr(trial.tune, "get_checkpoint", lambda: None)
+    plan = TrialPlan(
+        base_json=dotted.to_json(dotted.override(quick, {"train.epochs": 1})), data_root=str(sample_root),
+        expressions=("smile",), threads=1, gpus=0, folder=str(tmp_path), trials=1, cpus=1, baseline_bytes=0,
+    )  # fmt: skip
+    train_trial({"settings": {}, "number": 0, "epochs": 0}, plan)
+    assert (reported, len(waited)) == ([1], 1)
+    assert Control(tmp_path).waiting_for_a_folder == ""
