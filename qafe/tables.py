@@ -12,6 +12,7 @@ import functools
 import io
 import itertools
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ _DECLARATION = re.compile(r'"?sep=[^\r\n]?"?[,;\t]*(?:\r\n|\n|\r)', re.IGNORECAS
 """A first line that tells Excel the delimiter; the header says the same."""
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _DECIMAL_COMMA = re.compile(r"([+-]?\d*),(\d+(?:[eE][+-]?\d+)?)")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:\.\d{3})+")
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -45,7 +47,8 @@ def read_rows(
         a_row: what stands on a row, for messages ("a row for each video").
         numbers: columns in which 2,5 becomes 2.5, unless the comma is the delimiter.
     Raises:
-        ManifestError: the file cannot be read, lacks a column or has a row of another length than its header.
+        ManifestError: the file cannot be read, lacks a column, has a row of another length than its header, or holds
+            decimal commas and points that may stand between thousands.
     """
     name = path.name
     text, encoding = _read_text(path)
@@ -71,6 +74,7 @@ def read_rows(
     named = max(place for place, cell in enumerate(header, start=1) if cell)
     commas = [] if delimiter == "," else [column.lower() for column in numbers]
     decimal_commas = False
+    doubtful = ""
     rows = []
     for line, cells in rest:
         # Spreadsheets leave out, or add, empty cells at the end of a row.
@@ -81,18 +85,36 @@ def read_rows(
             )
         row = dict(itertools.zip_longest(header, cells[: len(header)], fillvalue=""))
         for column in commas:
-            if number := _DECIMAL_COMMA.fullmatch(row.get(column, "")):
+            cell = row.get(column, "")
+            if number := _DECIMAL_COMMA.fullmatch(cell):
                 row[column] = f"{number[1]}.{number[2]}"
                 decimal_commas = True
+            elif _THOUSANDS.fullmatch(cell):
+                doubtful = doubtful or f"{cell!r} ({name} line {line}, column {column})"
         rows.append((line, row))
     if not rows:
         raise ManifestError(f"{name} must have at least one row, got none. Add {a_row}.")
+    if decimal_commas and doubtful:
+        raise ManifestError(
+            f"beside decimal commas a point must not look like one between thousands, got {doubtful}. "
+            "Write a comma if it is a decimal mark, else nothing."
+        )
     taken = [] if delimiter == "," else [f"{_DELIMITERS[delimiter]} between the cells"]
     taken += ["a decimal comma"] if decimal_commas else []
     taken += [] if encoding == "UTF-8" else [f"the encoding {encoding}"]
     if taken:
         _say(f"{path}: read with {', '.join(taken)}")
     return rows
+
+
+def finite(text: str) -> float | None:
+    """The number that a cell holds; None if it holds none, or one that is not finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    # Python, and nobody else, takes 1_5 for 15.
+    return value if math.isfinite(value) and "_" not in text else None
 
 
 EXPRESSION_RULE = (
@@ -125,19 +147,19 @@ def _read_text(path: Path) -> tuple[str, str]:
         codec, encoding = "utf-8-sig", "UTF-8"
     else:
         codec, encoding = "cp1252", "Windows-1252"
+    before, nul, _ = data.decode(codec, errors="replace").partition("\0")
+    if nul:
+        raise ManifestError(
+            f"{name} {_place(before)}: a table must be text, got a NUL. Save the table as CSV in UTF-8."
+        )
     try:
-        text = data.decode(codec)
+        return data.decode(codec), encoding
     except UnicodeDecodeError as err:
         place = _place(err.object[: err.start].decode(codec))
         raise ManifestError(
             f"{name} {place}: a table must be text of one encoding, and is {encoding} but for the byte "
             f"0x{err.object[err.start]:02X}. Correct that letter, or save the table as UTF-8."
         ) from err
-    if "\0" in text:
-        raise ManifestError(
-            f"{name} {_place(text[: text.index(chr(0))])}: a table must be text, got a NUL. Save the table as UTF-8."
-        )
-    return text, encoding
 
 
 def _is_utf_8(data: bytes) -> bool:

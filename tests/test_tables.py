@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qafe.errors import ManifestError
-from qafe.tables import is_expression_name, read_rows
+from qafe.tables import finite, is_expression_name, read_rows
 
 
 def read(tmp_path: Path, data: str | bytes) -> list[tuple[int, dict[str, str]]]:
@@ -65,6 +65,11 @@ def test_unnamed_columns_may_repeat(tmp_path: Path) -> None:
         ),
         (codecs.BOM_UTF8 + b"id,label\na\xff,1\n", r"own\.csv line 2, column 2: .* is UTF-8 but for the byte 0xFF\."),
         ("id,label\nü,1".encode("utf-16") + b"\n", r"own\.csv line 2, column 4: .* is UTF-16 but for the byte 0x0A"),
+        # A workbook that is called .csv: NULs, and bytes that are no letters.
+        (
+            b"PK\x03\x04\x14\x00\x00\x81",
+            r"own\.csv line 1, column 6: a table must be text, got a NUL\. Save .* as CSV in",
+        ),
         ("id,label\na,1\n".encode("utf-16-le"), r"own\.csv line 1, column 2: a table must be text, got a NUL"),
         ('id,label\n"' + "x" * 140_000, "is not a CSV file"),
     ],
@@ -126,6 +131,32 @@ def test_how_tables_look(tmp_path: Path, text: str, rows: list[tuple[int, str, s
     path.write_bytes(text.encode())
     found = read_rows(path, ("id", "label"), "a row", ("label",))
     assert [(line, row["id"], row["label"]) for line, row in found] == rows
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+@pytest.mark.parametrize("cell", ["1.234", "-12.345.678"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_point_that_may_stand_between_thousands(tmp_path: Path, delimiter: str, cell: str, first: bool) -> None:
+    path, rows = tmp_path / "own.csv", [f"a{delimiter}{cell}", f"b{delimiter}2,5"]
+    path.write_text("\n".join([f"id{delimiter}label", *(rows if first else rows[::-1])]))
+    line = 2 if first else 3
+    with pytest.raises(ManifestError, match=rf"got '{cell}' \(own\.csv line {line}, column label\)\. Write a comma"):
+        read_rows(path, ("id", "label"), "a row", ("label",))
+
+
+@pytest.mark.parametrize(
+    "rows", ["a;1.234\nb;2.5", "a;0.125\nb;2,5", "a;1.25\nb;2,5", "1.234;1\nb;2,5", "a;1,234\nb;2,5"]
+)
+def test_points_that_are_decimal(tmp_path: Path, rows: str) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text(f"id;label\n{rows}\n")
+    found = read_rows(path, ("id", "label"), "a row", ("label",))
+    assert [row["label"] for _, row in found] == [line.split(";")[1].replace(",", ".") for line in rows.split("\n")]
+
+
+def test_numbers() -> None:
+    assert [finite(text) for text in ("2", "-.5", "1e1", " 3 ")] == [2, -0.5, 10, 3]
+    assert [finite(text) for text in ("", "2,5", "1_5", "nan", "inf", "1e999", "severe")] == [None] * 7
 
 
 @pytest.mark.parametrize("text", ["id\na, b; c\n", 'id;\n"a, b; c";\n'])

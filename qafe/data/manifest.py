@@ -7,13 +7,12 @@ training starts, any expression name and any finite label are taken, and the dat
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 from ..config import EXPRESSIONS
 from ..errors import ManifestError
 from ..store import CSV_COLUMNS, Split, Store
-from ..tables import EXPRESSION_RULE, is_expression_name, read_rows
+from ..tables import EXPRESSION_RULE, finite, is_expression_name, read_rows
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -97,14 +96,11 @@ def _read_sample(store: Store, row: dict[str, str], place: str) -> Sample:
         patient, video = store.resolve_video(row["id"])
     except ManifestError as err:
         raise ManifestError(f"{place}: {err}") from err
-    try:
-        score = float(row["label"])
-    except ValueError:
-        score = math.nan
-    if not math.isfinite(score):
+    score = finite(row["label"])
+    if score is None:
         raise ManifestError(
             f"{place}: a label must be a finite number, got {row['label']!r} (label). "
-            "Write the clinician's score, e.g. 2."
+            "Write the clinician's score, e.g. 2.5, with a point where commas stand between the cells."
         )
     try:
         frames = int(row["frames"])

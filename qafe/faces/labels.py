@@ -5,14 +5,13 @@ A row that cannot be used is a problem of its own, told in one line; the other r
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import ManifestError
-from ..tables import EXPRESSION_RULE, is_expression_name, read_rows
+from ..tables import EXPRESSION_RULE, finite, is_expression_name, read_rows
 from .video import IMAGE_SUFFIXES, SUFFIXES
 
 COLUMNS = ("video", "expression", "score")
@@ -153,10 +152,11 @@ def _recording(row: dict[str, str], source: str | None, place: str, trim: tuple[
             f"{EXPRESSION_RULE}, got {row['expression']!r} ({place}, column expression). "
             "Write another name, e.g. smile."
         )
-    score = _number(row["score"])
+    score = finite(row["score"])
     if score is None:
         raise ManifestError(
-            f"a score must be a finite number, got {row['score']!r} ({place}, column score). Write e.g. 2."
+            f"a score must be a finite number, got {row['score']!r} ({place}, column score). Write e.g. 2.5, with a "
+            "point where commas stand between the cells."
         )
     start_s, end_s, source_hz = (_cell(row, name, place) for name in (*trim, "fps"))
     name = parts[-1]
@@ -171,20 +171,12 @@ def _cell(row: dict[str, str], name: str, place: str) -> float | None:
     text = row.get(name.lower(), "")
     if not text:
         return None
-    value = _number(text)
+    value = finite(text)
     if value is None or value < 0:
         raise ManifestError(
             f"{name} must be a number of at least 0 or empty, got {text!r} ({place}, column {name}). Correct it."
         )
     return value
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _inventory(videos: Path) -> Iterator[str]:

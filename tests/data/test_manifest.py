@@ -102,6 +102,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "label": (_edit(ROW, "clip01frown_P1,mild,12,2"), r"line 3: a label must be a finite number, got 'mild'"),
     "label nan": (_edit(ROW, "clip01frown_P1,nan,12,2"), r"line 3: a label must be a finite number, got 'nan'"),
     "label inf": (_edit(ROW, "clip01frown_P1,inf,12,2"), r"line 3: a label must be a finite number, got 'inf'"),
+    "label with _": (_edit(ROW, "clip01frown_P1,1_5,12,2"), r"line 3: a label must be a finite number, got '1_5'"),
     "frames text": (_edit(ROW, "clip01frown_P1,1,many,2"), r"line 3: frames must be a whole number.*'many'"),
     "frames zero": (_edit(ROW, "clip01frown_P1,1,0,2"), r"line 3: frames must be a whole number.*'0'"),
     "frames count": (_edit(ROW, "clip01frown_P1,1,13,2"), r"line 3: frames must be the number.*is 12, got 13"),

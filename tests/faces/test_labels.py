@@ -134,11 +134,12 @@ def test_bad_numbers_beside_the_score(cohort: Cohort, column: str, value: str) -
     assert told.startswith(f"a.mp4: {column} must be a number of at least 0 or empty, got {value!r} (labels.csv line 2")
 
 
-@pytest.mark.parametrize("score", ["severe", "nan", "", "inf", "2,5"])
+@pytest.mark.parametrize("score", ["severe", "nan", "", "inf", "2,5", "1_5"])
 def test_bad_scores(cohort: Cohort, score: str) -> None:
     cohort.put("a.mp4")
     told = cohort.problem(f'P1,a.mp4,smile,"{score}"')
     assert f"a score must be a finite number, got {score!r} (labels.csv line 2, column score)" in told
+    assert told.endswith("with a point where commas stand between the cells.")
 
 
 def test_a_bad_row_leaves_the_others(cohort: Cohort) -> None:
