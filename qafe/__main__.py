@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import allocation, console, dotted
-from .config import PRESETS
+from .config import PRESETS, PRETRAINED
 from .data.cache import cache_folder, cache_size, clear_cache
 from .data.manifest import read_manifest
 from .data.sample import SampleConfig, make_sample
@@ -235,6 +235,9 @@ def _train(options: argparse.Namespace) -> int:
         raise ConfigError(f"--init has settings of its own, got --preset {options.preset}, too. Leave one of them out.")
     base = PRESETS[options.preset or "paper"]() if options.init is None else read_config(options.init)
     config = dotted.override(base, settings)
+    named = [name for name in PRETRAINED if dotted.flatten(config)[name]]
+    if options.init is not None and named:
+        raise ConfigError(f"--init gives the encoders' weights too, got {named[0]} beside it. Leave one of them out.")
     train_expressions(config, options.data_root, options.expression, options.device, options.out, options.init)
     return 0
 
@@ -256,7 +259,10 @@ def _import(options: argparse.Namespace) -> int:
     from .importing import import_models
 
     names = [name.strip() for name in options.expression.split(",")]
-    import_models(options.files, names, options.out)
+    try:
+        import_models(options.files, names, options.out)
+    except OSError as err:
+        raise console.unwritable(options.out, err) from err
     print(f"{options.out}: {', '.join(names)}")
     return 0
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import console, dotted, metrics
-from .config import EXPRESSIONS, Config
+from .config import EXPRESSIONS, PRETRAINED, Config
 from .data.cohort import Cohort, choose_expressions, load_cohort
 from .data.dataset import ClipDataset
 from .device import out_of_memory, pick_device, use_own_cores
@@ -65,13 +65,14 @@ def train_expressions(
 
 
 def read_config(folder: Path) -> Config:
-    """The settings of a model folder.
+    """The settings of a model folder, without the files that its own training once started from.
 
     Raises:
         CheckpointError: it is none.
     """
     try:
-        return dotted.from_json((folder / CONFIG_FILE).read_text())
+        config = dotted.from_json((folder / CONFIG_FILE).read_text())
+        return dotted.override(config, dict.fromkeys(PRETRAINED, ""))
     except (OSError, ConfigError) as err:
         reason = " ".join(str(err).split())
         raise CheckpointError(

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -25,14 +26,18 @@ from mlflow.models.model import MLMODEL_FILE_NAME, MODEL_CODE_PATH
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from qafe import console
-from qafe.dotted import flatten
+from qafe.config import PRETRAINED
+from qafe.dotted import flatten, override
 from qafe.errors import ConfigError, TrackingError
+from qafe.importing import SOURCE_KEY
+from qafe.model.weights import load as load_weights
 from qafe.model.weights import save as save_weights
 from qafe.score import SUFFIX, Scorer
 
 from . import scorer
 from .connection import connect, masked, refused, resolve_uri
 from .figures import CHECKPOINT_FOLDER
+from .guard import Guard, Secrets
 from .privacy import without_paths
 from .runs import STATE_TAG, SWEEP_TAG, TRIAL_TAG, sweep_runs
 from .sender import experiment_id
@@ -42,6 +47,15 @@ MODEL = "qafe-net"
 CHAMPION = "champion"
 IMPORTED = "imported"
 """The experiment of models that no sweep made."""
+UNSEEN = (
+    "train.",
+    "data.repeats",
+    "data.validation_fraction",
+    "data.split_seed",
+    "data.shuffle_labels",
+    "data.augment.",
+)
+"""Settings of a training; those of an imported model are the preset's, and not what the authors trained with."""
 OBJECTIVE = "best_spearman"
 SCORES = (OBJECTIVE, "test_spearman")
 """What a version says about itself."""
@@ -77,27 +91,48 @@ def register(client: MlflowClient, sweep: str, *, model: str = MODEL, trial: int
 def register_weights(client: MlflowClient, folder: Path, *, model: str = MODEL) -> ModelVersion:
     """Registers a model folder that no sweep made, such as an imported one, as a new version of a model.
 
-    Its run holds settings and weights, and no scores: here nobody has measured any. Files are written anew from what is
+    Its run holds settings and weights, and no scores: here nobody has measured any. Of the authors' models it holds the
+    digest of their file, and no settings of a training that nobody here has seen. Files are written anew from what is
     in them, so that no path, name or note of this machine goes along.
 
     Raises:
         CheckpointError: the folder holds no weights, or damaged ones.
+        ConfigError: a file is called like the user or the machine.
     """
     scorer_of = Scorer(folder)
+    secrets = Secrets.of_machine()
+    guard = Guard(secrets.names, secrets.folders, own=secrets.own)
+    sources: dict[str, str] = {}
+    params: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as place:
         kept, digest = Path(place) / CHECKPOINT_FOLDER, hashlib.sha256()
         kept.mkdir()
         for expression, (network, config) in scorer_of.models.items():
-            save_weights(kept / (expression + SUFFIX), network, without_paths(config))
+            if guard.finds(expression):
+                raise ConfigError(
+                    f"a model must not be called like the user or the machine, got {expression}{SUFFIX} in {folder}. "
+                    "Rename it."
+                )
+            settings = flatten(without_paths(config))
+            config = override(config, {name: guard.text(settings[name]) for name in PRETRAINED})
             content = (folder / (expression + SUFFIX)).read_bytes()
+            source = load_weights(folder / (expression + SUFFIX))[2].get(SOURCE_KEY, "")
+            if re.fullmatch("[0-9a-f]{64}", source):
+                sources[expression] = source
+            elsewhere = UNSEEN if expression in sources else ()
+            params |= {name: value for name, value in flatten(config).items() if not name.startswith(elsewhere)}
+            notes = {SOURCE_KEY: source} if expression in sources else None
+            save_weights(kept / (expression + SUFFIX), network, config, notes)
             digest.update(f"{expression} {hashlib.sha256(content).hexdigest()}\n".encode())
         tags = {"weights_sha256": digest.hexdigest(), "expressions": ",".join(scorer_of.expressions)}
+        if sources:
+            tags["source_sha256"] = ",".join(f"{expression}:{found}" for expression, found in sources.items())
         experiment = experiment_id(client, IMPORTED, client.tracking_uri)
         run_id = str(
             client.create_run(experiment, run_name=f"{IMPORTED}-{digest.hexdigest()[:8]}", tags=tags).info.run_id
         )
         try:
-            for name, value in flatten(without_paths(next(iter(scorer_of.models.values()))[1])).items():
+            for name, value in params.items():
                 client.log_param(run_id, name, value)
             client.log_artifacts(run_id, str(kept), CHECKPOINT_FOLDER)
             files = Path(place) / "model"

@@ -7,11 +7,12 @@ know is replaced by an inert one, so that nothing foreign is imported or execute
 The authors' names are mapped by rules (`REFERENCE_NAMES`), one line for each kind of layer.
 """
 
+import itertools
 import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,8 +176,7 @@ def load_reference_checkpoint(model: QAFENet, path: Path | str) -> None:
     if missing:
         raise CheckpointError(
             f"the authors' checkpoint must hold the state dicts {', '.join(REFERENCE_MODULES)}, got {path} without "
-            f"{', '.join(missing)} (it holds {', '.join(map(str, top)) or 'nothing'}). Save the state dicts under "
-            "those names."
+            f"{', '.join(missing)} (it holds {_listed(top)}). Save the state dicts under those names."
         )
     given = {f"{module}.{key}": value for module in REFERENCE_MODULES for key, value in _plain(top[module]).items()}
     if model.config.rgb_axis_order != "reference":
@@ -293,6 +293,11 @@ def _fill(model: nn.Module, given: Mapping[str, Tensor], place: str, names: Mapp
                 f"the weights must hold {names.get(key, key)}, which is missing in {place}. Use a file of the same "
                 "model, or change the model settings to those it was trained with."
             )
+        if given[key].is_floating_point() != value.is_floating_point():
+            raise CheckpointError(
+                f"{names.get(key, key)} must be of a kind with {value.dtype}, got {given[key].dtype} in {place}. "
+                "Use a file of the same model."
+            )
         if given[key].shape != value.shape:
             raise CheckpointError(
                 f"{names.get(key, key)} must have the shape {list(value.shape)}, got {list(given[key].shape)} in "
@@ -324,8 +329,28 @@ def _plain(state: object) -> dict[str, Tensor]:
                 f"a state dict must hold tensors, got {type(value).__name__} under {key!r}. Save model.state_dict(), "
                 "not the model."
             )
+        if fault := _fault(value):
+            raise CheckpointError(
+                f"a state dict must hold dense tensors of finite real numbers, got {fault} under {key!r}. Use a "
+                "file of a training that went well."
+            )
         plain[str(key).removeprefix("module.")] = value
     return plain
+
+
+def _fault(tensor: Tensor) -> str:
+    """What makes a tensor no weights at all; empty where nothing does."""
+    if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+        return "one without plain values"
+    if tensor.is_complex():
+        return str(tensor.dtype)
+    return "" if tensor.float().isfinite().all() else "a number that is not finite"
+
+
+def _listed(names: Collection[object]) -> str:
+    """The first few of some names, and how many more there are."""
+    first = ", ".join(str(name)[:60] for name in itertools.islice(names, 5))
+    return (first or "nothing") + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _is_safetensors(path: Path) -> bool:
