@@ -10,9 +10,10 @@ import configparser
 import getpass
 import importlib.util
 import os
+import re
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from qafe.errors import TrackingError
 from .connection import connect
 from .database import Database
 from .migrate import ACCOUNTS, prepare
+from .roles import PERMISSIONS_OF as ROLES
 
 ADMIN = "admin"
 ADMIN_PASSWORD_FILE = "admin.password"
@@ -36,12 +38,10 @@ PUBLISHED_PASSWORD = "password1234"
 CACHE_S = 30
 """How long the server remembers a password that it has checked: a check takes it a third of a second."""
 WORKSPACE = "default"
-ROLES: Mapping[str, Mapping[str, str]] = {
-    "reader": {},
-    "editor": {"experiment": "EDIT"},
-    "curator": {"experiment": "EDIT", "registered_model": "MANAGE"},
-}
-"""Permissions on all resources of a type: an editor logs sweeps, a curator registers and promotes too."""
+PLACE = re.compile(r"(?:abfss|b2|gs|r2|s3|wasbs)://[\w.@/-]+")
+PLACES_VARIABLE = "QAFE_ARTIFACT_PLACES"
+SOURCE = "^models:/m-[0-9a-f]{32}$"
+"""What a version may be of: a finished model's files do not change (gate.py)."""
 PERMISSIONS = ("READ", "EDIT", "MANAGE", "DENY")
 RESOURCES = {"experiment": "experiment", "model": "registered_model"}
 
@@ -129,14 +129,22 @@ class Accounts:
         return int(role.id)
 
 
-def environment(home: Path) -> dict[str, str]:
+def environment(home: Path, places: str = "") -> dict[str, str]:
     """What a server with accounts has in its environment; makes the first administrator, configuration and secret.
 
     His password is that of ``MLFLOW_AUTH_ADMIN_PASSWORD`` or a new one, in a file that only this account can read.
 
+    Args:
+        places: where experiments may have their artifacts beside the server's own place, with commas.
     Raises:
-        TrackingError: MLflow does not allow the password.
+        TrackingError: MLflow does not allow the password, or a place is a folder of this machine.
     """
+    for place in filter(None, places.split(",")):
+        if not PLACE.fullmatch(place):
+            raise TrackingError(
+                f"a place of artifacts is a bucket or a part of one, such as s3://bucket/studies, got {place} "
+                "(--artifact-places). Correct it."
+            )
     accounts = Accounts(home)
     if not accounts.administrators():
         password = os.environ.get(ADMIN_PASSWORD_VARIABLE) or secrets.token_urlsafe(18)
@@ -149,7 +157,6 @@ def environment(home: Path) -> dict[str, str]:
         "default_permission": "READ",
         "database_uri": f"sqlite:///{(home / DATABASE_FILE).resolve()}",
         "admin_username": accounts.administrators()[0],
-        "authorization_function": "tracking.gate:authenticate",
         "auth_cache_ttl_seconds": str(CACHE_S),
     }
     with open(home / CONFIG_FILE, "w") as out:
@@ -162,6 +169,9 @@ def environment(home: Path) -> dict[str, str]:
         "MLFLOW_AUTH_CONFIG_PATH": str((home / CONFIG_FILE).resolve()),
         SECRET_VARIABLE: secret,
         "PYTHONPATH": os.pathsep.join(path),
+        "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
+        PLACES_VARIABLE: places,
+        "MLFLOW_CREATE_MODEL_VERSION_SOURCE_VALIDATION_REGEX": SOURCE,
     }
 
 

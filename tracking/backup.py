@@ -30,6 +30,7 @@ from qafe.errors import TrackingError
 from . import accounts
 from .connection import EMBEDDED_FILE, masked
 from .database import ARTIFACTS_FOLDER, HOME_FOLDER, Database, copy_sqlite, named
+from .digest import DIGEST_TAG, changed, digest_of
 from .migrate import TRACKING, revisions
 
 MANIFEST = "backup.json"
@@ -93,7 +94,8 @@ def run_restore(folder: Path, target: Path, backend: str | None = None) -> int:
     """Restores a backup into a folder that is not there yet, and for PostgreSQL into an empty database.
 
     Raises:
-        TrackingError: the place is not empty, or the backup is damaged; nothing has been written then.
+        TrackingError: the place is not empty, or the backup is damaged; nothing has been written then. Or a version's
+            files are not those that were registered, which is said after all is restored.
     """
     manifest = read_manifest(folder)
     target = target.resolve()
@@ -133,11 +135,31 @@ def run_restore(folder: Path, target: Path, backend: str | None = None) -> int:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{target}: {_said(manifest['rows'])}")
+    if others := list(_changed_versions(database, target / ARTIFACTS_FOLDER)):
+        raise TrackingError("; ".join(changed(name, version) for name, version in others))
     flags = "" if database.file else f" --home {target / HOME_FOLDER}"
     if manifest["elsewhere"] or not database.file:
         flags += f" --artifacts {(*manifest['elsewhere'], target / ARTIFACTS_FOLDER)[0]}"
     print(f"start it:  python -m tracking.server start --backend {masked(database.uri)}{flags}", file=sys.stderr)
     return 0
+
+
+def _changed_versions(database: Database, artifacts: Path) -> Iterator[tuple[str, str]]:
+    """Names and versions of registered models whose files are not those that were registered."""
+    with database.engine() as engine, engine.connect() as connection:
+        rows = connection.execute(
+            text(
+                "SELECT v.name, v.version, v.storage_location, t.value FROM model_versions v "
+                "JOIN model_version_tags t ON t.name = v.name AND t.version = v.version AND t.key = :tag "
+                "ORDER BY v.name, v.version"
+            ),
+            {"tag": DIGEST_TAG},
+        ).all()
+    for name, version, location, digest in rows:
+        way = str(location).removeprefix("mlflow-artifacts:/")
+        folder = local_folder(location) if way == location else artifacts / way.lstrip("/")
+        if folder is not None and digest_of(folder) != digest:
+            yield str(name), str(version)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -133,8 +133,13 @@ def _missing_module(err: BaseException | None) -> str:
 
 
 def refused(err: MlflowException, uri: str | None = None) -> TrackingError | None:
-    """What a server's 401 or 403 means, in one line; None for any other error."""
+    """What a server's 401, 403 or 429 means, in one line; None for any other error."""
     status = err.get_http_status_code()
+    if "too many 429 error responses" in str(err):
+        return TrackingError(
+            f"the tracking server must get the right password, {masked(resolve_uri(uri))} got too many wrong ones from "
+            "this machine (429). Correct MLFLOW_TRACKING_PASSWORD and wait a minute."
+        )
     if status not in (401, 403):
         return None
     account = os.environ.get("MLFLOW_TRACKING_USERNAME") or "no account or that of ~/.mlflow/credentials"

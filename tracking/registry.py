@@ -36,6 +36,7 @@ from qafe.score import SUFFIX, Scorer
 
 from . import scorer
 from .connection import connect, masked, refused, resolve_uri
+from .digest import DIGEST_TAG, check_version, digest_of
 from .figures import CHECKPOINT_FOLDER
 from .guard import Guard, Secrets
 from .privacy import without_paths
@@ -197,7 +198,8 @@ def add_version(client: MlflowClient, model: str, run_id: str, files: Path, tags
     except MlflowException as err:
         if err.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = client.create_model_version(model, f"models:/{logged}", run_id, dict(tags), model_id=logged)
+    digest = {DIGEST_TAG: digest_of(files)}
+    version = client.create_model_version(model, f"models:/{logged}", run_id, dict(tags) | digest, model_id=logged)
     if MLFLOW_MODEL_VERSIONS not in client.get_logged_model(logged).tags:  # a server has set it
         known = [{"name": version.name, "version": version.version}]
         client.set_logged_model_tags(logged, {MLFLOW_MODEL_VERSIONS: json.dumps(known)})
@@ -224,8 +226,8 @@ def fetch(uri: str) -> Path:
     """The weights folder of a registered model, downloaded; for ``python -m qafe score --model models:/...``.
 
     Raises:
-        TrackingError: nothing in the registry has that name, version or alias, its files are not there, or the cache
-            folder cannot be written.
+        TrackingError: nothing in the registry has that name, version or alias, its files are not there or not those
+            that were registered, or the cache folder cannot be written.
     """
     client = connect(create=False)
     mlflow.set_tracking_uri(client.tracking_uri)
@@ -233,6 +235,7 @@ def fetch(uri: str) -> Path:
         # An alias may move at any moment: from here on it is one version.
         name, version = _name_and_version(client, uri)
         source = client.get_model_version_download_uri(name, version)
+        tags = client.get_model_version(name, version).tags
     except MlflowException as err:
         known = ", ".join(found.name for found in client.search_registered_models()) or "none"
         raise TrackingError(
@@ -242,6 +245,7 @@ def fetch(uri: str) -> Path:
     folder = _model_cache() / hashlib.sha256(source.encode()).hexdigest()[:16]
     if not folder.exists():
         _download(f"models:/{name}/{version}", folder)
+    check_version(folder, name, version, tags)
     weights = folder / "artifacts" / CHECKPOINT_FOLDER
     if not weights.is_dir():
         raise TrackingError(

@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--port", type=int, default=5000)
     sub.add_argument("--auth", action="store_true", help="ask for name and password (tracking.server user)")
     sub.add_argument("--allowed-hosts", help="Host headers to answer, with commas; needed where --host is not local")
+    sub.add_argument("--artifact-places", metavar="PLACES", help="where experiments may have their artifacts beside "
+                     "--artifacts, e.g. s3://bucket/studies, with commas; for --auth")  # fmt: skip
     sub.add_argument("--background", action="store_true", help="return once it answers")
     sub.set_defaults(run=_start)
     sub = commands.add_parser("stop", parents=[shared], help="end the server that runs over this store")
@@ -88,7 +90,7 @@ def command(
     line = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend]
     line += ["--artifacts-destination", str(artifacts), "--host", host, "--port", str(port), "--workers", "1"]
     line += ["--allowed-hosts", allowed_hosts] if allowed_hosts else []
-    return line + (["--app-name", "basic-auth"] if auth else [])
+    return line + (["--app-name", "qafe"] if auth else [])
 
 
 def _with_command(argv: Sequence[str] | None) -> list[str]:
@@ -113,7 +115,7 @@ def _start(options: argparse.Namespace) -> int:
             )
         _check_port(options)
         prepare(database)
-        own = ENVIRONMENT | (accounts.environment(home) if options.auth else {})
+        own = ENVIRONMENT | (accounts.environment(home, options.artifact_places or "") if options.auth else {})
         quiet = {} if options.debug else {"PYTHONWARNINGS": "ignore"}  # of libraries, about others
         environment = quiet | {n: value for n, value in os.environ.items() if n != accounts.ADMIN_PASSWORD_VARIABLE}
         line = command(database.uri, artifacts, options.host, options.port, options.allowed_hosts, options.auth)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ..config import HeatmapEncoderConfig
 from .batchnorm import BatchNorm2d
 from .convolution import convolve_pixels
-from .pooling import max_pool
 from .transformer import init_conv
 
 EXPANSION = 4
@@ -116,7 +115,7 @@ class SlowOnly(nn.Module):
         segments, frames = len(x), x.shape[2]
         x = rearrange(x, "n c t h w -> (n t) c h w").contiguous(memory_format=torch.channels_last)
         x = F.relu_(self.stem(x, frames))  # (N T) width H W
-        x = max_pool(x, stride=1)
+        x = F.max_pool2d(x, 3, stride=1, padding=1)
         for stage in self.stages:
             for block in stage.children():
                 x = block(x, frames)  # at last channels have doubled and space has halved

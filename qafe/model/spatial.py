@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from ..config import RGBEncoderConfig
 from .batchnorm import BatchNorm2d, statistics_kept
 from .convolution import Conv1x1
-from .pooling import max_pool
 from .transformer import TransformerBlock, init_conv
 
 CHUNK_FRAMES = 16
@@ -101,7 +100,7 @@ class SpatialFormer(nn.Module):
     def _stem(self, x: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N C H2 W2"]:
         x = self.bn1(self.conv1(x))  # N C H/2 W/2
         # The largest first: it is the same, on a quarter of the values.
-        return F.relu_(max_pool(x, stride=2))  # N C H/4 W/4
+        return F.relu_(F.max_pool2d(x, 3, stride=2, padding=1))  # N C H/4 W/4
 
     def _run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if not (self.recompute and self.training and torch.is_grad_enabled()):

@@ -18,8 +18,9 @@ from tracking.migrate import prepare
 from .stores import embedded, free_port
 
 PASSWORDS = {"admin": "an-admins-password", "rita": "a-readers-password", "ed": "an-editors-password",
-             "cora": "a-curators-password"}  # fmt: skip
-ROLES = {"rita": "reader", "ed": "editor", "cora": "curator"}
+             "cora": "a-curators-password", "lena": "a-password-of-lena"}  # fmt: skip
+ROLES = {"rita": "reader", "ed": "editor", "cora": "curator", "lena": "reader"}
+"""For ``lena`` wrong passwords are tried: afterwards the right one is refused for a while too."""
 
 
 @dataclass(frozen=True)

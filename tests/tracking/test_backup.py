@@ -14,6 +14,7 @@ from mlflow.entities import Metric
 
 from tracking import backup
 from tracking.connection import connect
+from tracking.registry import add_version
 from tracking.server import main
 
 from .conftest import PASSWORDS, Live
@@ -23,11 +24,11 @@ from .stores import embedded, free_port
 class Logger(threading.Thread):
     """Logs runs with metrics and artifacts, registers each and moves the alias on, until it is told to end."""
 
-    def __init__(self, client: MlflowClient, name: str) -> None:
+    def __init__(self, client: MlflowClient, name: str, folder: Path) -> None:
         super().__init__(name=name)
+        self.folder = folder
         self.client = client
         self.experiment = client.create_experiment(name)
-        client.create_registered_model(name)
         self.finished: list[str] = []
         self.begun: list[str] = []
         self.failed: BaseException | None = None
@@ -48,7 +49,10 @@ class Logger(threading.Thread):
         self.begun.append(run.run_id)
         self.client.log_batch(run.run_id, [Metric("spearman", step / 10, 0, step) for step in range(5)])
         self.client.log_text(run.run_id, f"weights of {run.run_id} " * 1000, "checkpoint/model.txt")
-        version = self.client.create_model_version(self.name, f"{run.artifact_uri}/checkpoint", run.run_id)
+        files = self.folder / run.run_id
+        files.mkdir(parents=True)
+        (files / "model.txt").write_text(f"weights of {run.run_id} " * 1000)
+        version = add_version(self.client, self.name, run.run_id, files, {})
         self.client.set_registered_model_alias(self.name, "champion", version.version)
         self.client.set_terminated(run.run_id)
         with self.progress:
@@ -66,7 +70,7 @@ def test_a_backup_while_it_is_logged_to_has_all_that_was_there(
     live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client = live.become("cora", monkeypatch)
-    logger = Logger(client, "logged to")
+    logger = Logger(client, "logged to", tmp_path / "files")
     logger.start()
     try:
         before = logger.wait_for(3)
