@@ -26,11 +26,19 @@ def freed_memory_kept(wanted: bool = True) -> Iterator[None]:
 
     A training step on a CPU allocates and frees some gigabytes of activations. glibc maps each large block anew, so
     that the kernel clears every page again in every step: 490,000 to 830,000 page faults in a float32 step of the
-    `paper` preset, one clip, one thread, against 200 to 26,000 within the block (AMD EPYC, 2026-12-01). What that
-    saves of the step's time is not measured there. The price is a heap with holes, and more peak memory.
-    (torch's pages of 2 MiB,
-    THP_MEM_ALLOC_ENABLE, make the holes larger: blocks on their borders do not fit where others were.) Does nothing
-    where the C library is not glibc. Blocks may be nested and may overlap in threads; the last one to end restores.
+    `paper` preset, one clip, one thread, against 200 to 26,000 within the block. By time a step outside takes, of one
+    within (``python -m tests.bench memory``, AMD EPYC with avx512_bf16, 2026-12-01, five rounds, spread in brackets):
+
+    ======================  ===================  ===================
+    step                    1 thread             2 threads
+    ======================  ===================  ===================
+    `paper`, float32        1.25 (1.13 to 1.34)  1.11 (1.02 to 1.42)
+    `small`, bf16           1.12 (1.03 to 1.14)  1.08 (1.01 to 1.14)
+    ======================  ===================  ===================
+
+    The price is a heap with holes, and more peak memory. (torch's pages of 2 MiB, THP_MEM_ALLOC_ENABLE, make the holes
+    larger: blocks on their borders do not fit where others were.) Does nothing where the C library is not glibc.
+    Blocks may be nested and may overlap in threads; the last one to end restores.
     """
     global _inside
     libc = _glibc() if wanted else None

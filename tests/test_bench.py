@@ -23,7 +23,7 @@ from qafe.errors import ConfigError
 
 from . import reference
 from .bench import __main__ as command
-from .bench import clips, device, growth, heatmaps, jpeg, published, recorded, search, step, sweeps, tracking
+from .bench import clips, device, growth, heatmaps, jpeg, memory, published, recorded, search, step, sweeps, tracking
 from .bench.rounds import Row
 
 
@@ -383,3 +383,9 @@ def test_waiting_for_clips_is_timed_and_profiled(monkeypatch: pytest.MonkeyPatch
     shares = [float(share) for share in re.findall(r"([\d.]+)%", told)]
     assert len(shares) == 2
     assert all(0 < share < 100 for share in shares)
+
+
+def test_memory_takes_turns_of_two_processes_that_stay() -> None:
+    rows = memory.bench("tiny", 2, 1)
+    assert [row.what for row in rows] == [f"training step, tiny, {how}, 1 threads" for how in ("fp32", "bf16")]
+    assert all(len(row.ours) == len(row.rival) == 2 and min(row.ours + row.rival) > 0 for row in rows)

@@ -5,6 +5,7 @@ python -m tests.bench --published PATH             the same, and a step of the a
 python -m tests.bench clips
 python -m tests.bench jpeg                         one frame's decoding, library against library
 python -m tests.bench step [--preset small] [--batch4]
+python -m tests.bench memory [--preset small]      a step whose memory is kept, against one that gives it back
 python -m tests.bench --device cuda                heatmaps and steps on a GPU
 python -m tests.bench growth [--plot FILE.png]
 python -m tests.bench search                       epochs that a search needs, on a synthetic objective
@@ -43,7 +44,7 @@ from .rounds import Found, Row
 
 WITHOUT_FILES = ("heatmaps", "clips", "step")
 ON_A_DEVICE = ("heatmaps", "step")
-OWN_RIVALS = ("jpeg", "search", "sweeps", "tracking")
+OWN_RIVALS = ("jpeg", "memory", "search", "sweeps", "tracking")
 """Subjects whose rivals are not the published computation."""
 PUBLISHED = ("published", "rewritten", "authors' code")
 """Rivals that need no name in the table."""
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     subjects.add_parser("clips", parents=[common], help="prepared dataset -> what the model reads")
     subjects.add_parser("step", parents=[common], help="a training step, inference, peak memory")
     subjects.add_parser("jpeg", parents=[common], help="a frame's JPEG -> pixels: our decoder against others")
+    subjects.add_parser("memory", parents=[common], help="a step whose memory is kept, against one that gives it back")
     sub = subjects.add_parser("growth", parents=[common], help="cost against clip length, batch, clips and workers")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, e.g. growth.png")
     subjects.add_parser("search", parents=[common], help="epochs that TPE with ASHA needs, against random search")
@@ -171,6 +173,10 @@ def _found(options: argparse.Namespace) -> Found:
         from . import step
 
         return step.bench(preset, rounds, threads, options.batch4, options.published)
+    if subject == "memory":
+        from . import memory
+
+        return Found(memory.bench(preset, rounds, threads))
     if subject == "search":
         from . import search
 
